@@ -1,0 +1,1 @@
+"""The store of priors: schema, fingerprints, units, records. No torch."""

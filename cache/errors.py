@@ -1,0 +1,21 @@
+"""Errors a user can meet. Each message says what, where, and what to do; cli.py maps exit codes."""
+
+
+class EvenlightError(Exception):
+    """Base of every error that is the user's to act on."""
+
+
+class UsageError(EvenlightError):
+    """A bad argument or configuration value (exit 2)."""
+
+
+class StoreError(EvenlightError):
+    """A stale, damaged, missing or busy store or checkpoint (exit 3)."""
+
+
+class EnvironmentLacks(EvenlightError):  # noqa: N818 - reads as the sentence it is
+    """Weights, a package or a device that the command needs are not there (exit 4)."""
+
+
+class PhotoError(EvenlightError):
+    """One photo cannot be used; the run goes on and lists it at the end."""

@@ -1,0 +1,1 @@
+"""Configuration, planning, scheduling and the run of each command."""

@@ -1,0 +1,1 @@
+"""Photos, priors and corrector: functions from values to values."""

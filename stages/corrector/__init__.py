@@ -1,0 +1,1 @@
+"""Stage 2: the spatial-Mamba corrector."""

@@ -1,0 +1,1 @@
+"""Stage 1: regions, embeddings, tone operators, pseudo-ground-truth."""
