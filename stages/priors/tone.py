@@ -1,0 +1,115 @@
+"""Tone operators: one signed strength t re-exposes a photo.
+
+t > 0 brightens, t < 0 darkens, t = 0 is the identity; monotone in the pixel value and in t (`ev`
+in t only to 4e-4, a tenth of an 8-bit level, where its shoulder sets in at white). Formulas:
+method.md 4.1, computed in float32 (or float64 when given it), also under autocast.
+"""
+
+# B batch, C channels, H W pixels
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+FILM_B = 1.6
+END = 1e-4  # each curve is a chord over the last END of either side, where slopes run to infinity
+LUMA = (0.299, 0.587, 0.114)  # Rec. 601 on sRGB-encoded values, as cv2.COLOR_RGB2GRAY
+MAX_RULE_STRENGTH = 3.0
+RULE_TARGET = 119 / 255  # mean luma the rule aims at; best of a sweep on real brackets (method.md)
+
+
+def apply(family: str, x: Tensor, t: Tensor | float) -> Tensor:
+    """Re-expose pixel values.
+
+    x: any shape, float, sRGB-encoded in [0, 1]; t: a number or a tensor that broadcasts with x.
+    Returns float32 (float64 for float64 x) in [0, 1]. Gradients to x and t are finite everywhere;
+    values outside [0, 1] follow the end chords.
+    """
+    x = x if x.dtype == torch.float64 else x.float()
+    t = torch.as_tensor(t, dtype=x.dtype, device=x.device)
+    with torch.autocast(x.device.type, enabled=False):
+        curve = CURVES[family]
+        if family == "ev":  # finite slopes at both ends, and its shoulder does not reach 1
+            return curve(x, t)
+        inside = x.clamp(END, 1 - END)
+        y = curve(inside, t)
+        low = y * (x / END)
+        high = 1 - (1 - y) * ((1 - x) / END)
+        return torch.where(x < END, low, torch.where(x > 1 - END, high, y))
+
+
+def luma(x_B3HW: Tensor) -> Tensor:
+    """Rec. 601 luma of sRGB-encoded RGB in [0, 1].  Returns B,H,W."""
+    red, green, blue = x_B3HW.unbind(-3)
+    return LUMA[0] * red + LUMA[1] * green + LUMA[2] * blue
+
+
+@torch.no_grad()
+def rule_strength(x_B3HW: Tensor, family: str, target: float = RULE_TARGET) -> Tensor:
+    """Strength per photo at which the mean luma of the re-exposed photo equals `target`.
+
+    x_B3HW: float RGB in [0, 1]; a small copy (about 64 pixels) serves. Bisection on [-3, 3]; where
+    the target is out of reach the nearer end is returned, and 0 for a photo that no strength
+    changes (all black, all white).  Returns float32 B.
+    """
+    num_photos = x_B3HW.shape[0]
+    low = x_B3HW.new_full((num_photos,), -MAX_RULE_STRENGTH, dtype=torch.float32)
+    high = -low
+
+    def mean_luma(t_B: Tensor) -> Tensor:
+        return luma(apply(family, x_B3HW.float(), t_B[:, None, None, None])).mean((1, 2))
+
+    unmoved = (mean_luma(high) - mean_luma(low)).abs() < 1e-4
+    for _ in range(22):  # 6 / 2**22: under 2e-6
+        middle = (low + high) / 2
+        dark = mean_luma(middle) < target
+        low, high = torch.where(dark, middle, low), torch.where(dark, high, middle)
+    return torch.where(unmoved, torch.zeros_like(low), (low + high) / 2)
+
+
+def _film(x: Tensor, t: Tensor) -> Tensor:
+    """(1 - (1 - x^(1/b))^g)^b, g = exp(t): exponential saturation with the exposure scaled by g."""
+    unexposed = -torch.expm1(x.log() / FILM_B)  # 1 - x^(1/b), exact near x = 1
+    exposed = -torch.expm1(t.exp() * unexposed.log())
+    return (FILM_B * exposed.log()).exp()
+
+
+def _ps(x: Tensor, t: Tensor) -> Tensor:
+    """1 - (1 - x)^exp(t)."""
+    return -torch.expm1(t.exp() * torch.log1p(-x))
+
+
+def _gamma(x: Tensor, t: Tensor) -> Tensor:
+    """x^exp(-t)."""
+    return ((-t).exp() * x.log()).exp()
+
+
+def _ev(x: Tensor, t: Tensor) -> Tensor:
+    """Exposure shift of 1.6 t stops in linear light, with a soft shoulder when brightening."""
+    exposure_ev = 1.6 * t
+    linear = torch.exp2(exposure_ev) * srgb_to_linear(x)
+    knee = 1 - 0.2 * exposure_ev.clamp(0, 1)
+    room = (1 - knee).clamp_min(1e-6)  # 0 at t <= 0, where nothing is above the knee
+    over = (linear - knee).clamp_min(0)
+    return linear_to_srgb(torch.minimum(linear, knee) - room * torch.expm1(-over / room))
+
+
+def srgb_to_linear(x: Tensor) -> Tensor:
+    """IEC 61966-2-1 decoding of values in [0, 1]."""
+    power = ((x.clamp_min(0.04045) + 0.055) / 1.055) ** 2.4
+    return torch.where(x <= 0.04045, x / 12.92, power)
+
+
+def linear_to_srgb(x: Tensor) -> Tensor:
+    """IEC 61966-2-1 encoding of values in [0, 1]."""
+    power = 1.055 * x.clamp_min(0.0031308) ** (1 / 2.4) - 0.055
+    return torch.where(x <= 0.0031308, x * 12.92, power)
+
+
+CURVES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "film": _film,
+    "ps": _ps,
+    "ev": _ev,
+    "gamma": _gamma,
+}
