@@ -1,0 +1,159 @@
+"""Settings from TOML, from --set key=value and from presets; back to plain values for the store."""
+
+import dataclasses
+import difflib
+import tomllib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, get_type_hints
+
+from evenlight.cache.errors import UsageError
+from evenlight.stages.settings import Settings
+
+PRESETS: dict[str, dict[str, Any]] = {
+    # The faithful baseline of method.md section 11: global gamma, chosen by the CLIP score.
+    "paper": {
+        "ladder.family": "gamma",
+        "pseudo_gt.regional": False,
+        "pseudo_gt.search": "grid",
+        "network.size": "paper",
+        "network.head": "residual",
+        "losses.faithful": True,
+        "losses.identity": 0.0,
+        "losses.consistency": 0.0,
+    },
+}
+
+
+def build(
+    config: Path | None = None,
+    overrides: Sequence[str] = (),
+    *,
+    base: Mapping[str, Any] | None = None,
+) -> Settings:
+    """Complete settings: defaults, then `base`, then the TOML file, then key=value overrides.
+
+    base: nested plain values, as `to_dict` gives and a store records.  A `preset = "paper"` in
+    the file or among the overrides is applied first among its own source.
+    """
+    flat = flatten(base or {})
+    if config is not None:
+        flat |= _expanded(flatten(_read_toml(config)))
+    flat |= _expanded(dict(_parse_override(text) for text in overrides))
+    return from_flat(flat)
+
+
+def to_dict(settings: Settings) -> dict[str, Any]:
+    """Nested plain values that JSON and TOML can hold."""
+    nested = dataclasses.asdict(settings)
+    return {
+        section: {k: list(v) if isinstance(v, tuple) else v for k, v in fields.items()}
+        for section, fields in nested.items()
+    }
+
+
+def to_toml(settings: Settings) -> str:
+    """The resolved settings as TOML, read back by `build`."""
+    lines = []
+    for section, fields in to_dict(settings).items():
+        lines.append(f"[{section}]")
+        lines += [f"{key} = {_toml_value(value)}" for key, value in fields.items()]
+        lines.append("")
+    return "\n".join(lines)
+
+
+def flatten(nested: Mapping[str, Any]) -> dict[str, Any]:
+    """{"photo": {"size": 512}} -> {"photo.size": 512}."""
+    flat: dict[str, Any] = {}
+    for section, fields in nested.items():
+        if isinstance(fields, Mapping):
+            flat |= {f"{section}.{key}": value for key, value in fields.items()}
+        else:
+            flat[section] = fields
+    return flat
+
+
+def from_flat(flat: Mapping[str, Any]) -> Settings:
+    """Settings from dotted keys; unknown keys and wrong types are refused with the nearest key."""
+    types = setting_types()
+    sections: dict[str, dict[str, Any]] = {}
+    for key, value in flat.items():
+        if key not in types:
+            near = difflib.get_close_matches(key, [*types, "preset"], n=1, cutoff=0.4)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            raise UsageError(f"unknown setting {key!r}{hint}")
+        section, name = key.split(".")
+        sections.setdefault(section, {})[name] = _coerced(key, value, types[key])
+    section_types = get_type_hints(Settings)
+    return Settings(**{name: section_types[name](**fields) for name, fields in sections.items()})
+
+
+def setting_types() -> dict[str, Any]:
+    """Every dotted key and its type."""
+    return {
+        f"{section}.{name}": hint
+        for section, section_type in get_type_hints(Settings).items()
+        for name, hint in get_type_hints(section_type).items()
+    }
+
+
+def affected_by(key: str) -> str:
+    """What a setting decides: a part of the store, "prompts", "training" or "run"."""
+    section, name = key.split(".")
+    section_type = get_type_hints(Settings)[section]
+    return next(f for f in dataclasses.fields(section_type) if f.name == name).metadata["affects"]
+
+
+def values_affecting(settings: Settings, part: str) -> dict[str, Any]:
+    """The settings that decide one part, by dotted key: what its fingerprint covers."""
+    flat = flatten(to_dict(settings))
+    return {key: value for key, value in flat.items() if affected_by(key) == part}
+
+
+def _expanded(flat: dict[str, Any]) -> dict[str, Any]:
+    preset = flat.pop("preset", None)
+    if preset is None:
+        return flat
+    if preset not in PRESETS:
+        raise UsageError(f"unknown preset {preset!r}; known: {', '.join(PRESETS)}")
+    return PRESETS[preset] | flat
+
+
+def _read_toml(path: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UsageError(f"cannot read settings from {path}: {error}") from error
+
+
+def _parse_override(text: str) -> tuple[str, Any]:
+    key, equals, raw = text.partition("=")
+    if not equals:
+        raise UsageError(f"--set takes key=value, got {text!r}")
+    try:
+        return key.strip(), tomllib.loads(f"value = {raw}")["value"]
+    except tomllib.TOMLDecodeError:
+        return key.strip(), raw.strip()  # a bare word is a string
+
+
+def _coerced(key: str, value: Any, wanted: Any) -> Any:
+    if isinstance(value, list | tuple) and getattr(wanted, "__origin__", None) is tuple:
+        item = wanted.__args__[0]
+        return tuple(_coerced(key, v, item) for v in value)
+    if wanted is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if isinstance(wanted, type) and type(value) is wanted:
+        return value
+    name = getattr(wanted, "__name__", str(wanted))
+    raise UsageError(f"{key} must be {name}, got {value!r}")
+
+
+def _toml_value(value: Any) -> str:
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, str):
+        escaped = value.replace("\\", "\\\\").replace('"', '\\"')
+        return f'"{escaped}"'
+    if isinstance(value, list):
+        return "[" + ", ".join(_toml_value(item) for item in value) + "]"
+    return repr(value)
