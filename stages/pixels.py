@@ -62,9 +62,7 @@ def resize(x_BCHW: Tensor, height: int, width: int, mode: str = "bilinear") -> T
     if mode == "nearest":
         return F.interpolate(x_BCHW, (height, width), mode="nearest")
     shrinks = height < x_BCHW.shape[-2] or width < x_BCHW.shape[-1]
-    return F.interpolate(
-        x_BCHW, (height, width), mode=mode, align_corners=False, antialias=shrinks
-    )
+    return F.interpolate(x_BCHW, (height, width), mode=mode, align_corners=False, antialias=shrinks)
 
 
 def to_float(rgb_u8_HW3: np.ndarray | Tensor) -> Tensor:

@@ -152,9 +152,7 @@ def region_strengths(
 
     wanted = np.array(
         [
-            region_strength(
-                logits_RJ3[r], strengths_J, start, float(mask.float().mean()), settings
-            )
+            region_strength(logits_RJ3[r], strengths_J, start, float(mask.float().mean()), settings)
             for r, mask in enumerate(masks)
         ]
     )
