@@ -1,0 +1,328 @@
+"""FastSAM (YOLOv8-seg, one class): loading without trust, features, and region maps.
+
+Shapes: B batch, C channels, H W pixels, h w = H/4 W/4, A anchors, K masks.
+The caller gives photos after the mean-luma rule; nothing here corrects exposure.
+"""
+
+import atexit
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from hashlib import sha256
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+from zipfile import ZIP_STORED, ZipFile
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
+from torchvision.ops import nms
+
+from evenlight.cache.errors import EnvironmentLacks
+from evenlight.stages.priors.region_map import region_map
+from evenlight.stages.settings import RegionSettings
+
+
+def _import_ultralytics() -> Any:
+    """ultralytics.nn.tasks with every switch of its network, pip and telemetry habits off."""
+    config = tempfile.mkdtemp(prefix="evenlight-ultralytics-")
+    atexit.register(shutil.rmtree, config, ignore_errors=True)
+    os.environ.update(
+        YOLO_OFFLINE="true",
+        YOLO_AUTOINSTALL="false",
+        ULTRALYTICS_SAFE_LOAD="1",
+        YOLO_CONFIG_DIR=config,
+        YOLO_VERBOSE="false",
+    )
+    # The import sets OMP_NUM_THREADS for our children and turns OpenCV's threads off: undo both.
+    omp_threads = os.environ.get("OMP_NUM_THREADS")
+    torch_threads = torch.get_num_threads()
+    cv2_threads = sys.modules["cv2"].getNumThreads() if "cv2" in sys.modules else -1
+    from ultralytics import settings
+    from ultralytics.nn import tasks
+
+    settings.update(sync=False, clearml=False, comet=False, dvc=False, mlflow=False, raytune=False)
+    sys.modules["cv2"].setNumThreads(cv2_threads)  # a negative count means OpenCV's default
+    torch.set_num_threads(torch_threads)
+    if omp_threads is None:
+        os.environ.pop("OMP_NUM_THREADS", None)
+    return tasks
+
+
+_tasks = _import_ultralytics()
+
+P3_LAYER = 15  # the neck's /8 output in yolov8-seg.yaml
+WIDTHS = {16: "n", 32: "s", 48: "m", 64: "l", 80: "x"}  # channels of the first convolution
+MAX_MASKS = 300  # as ultralytics' max_det; keeps masks of a 1024 photo under 320 MB
+EDGE_SNAP = 0.03  # boxes ending this near the frame's edge (share of the side) reach it
+HARMLESS = {"pathlib.PosixPath", "pathlib.PurePosixPath", "pathlib.WindowsPath"}
+HARMLESS |= {"argparse.Namespace", "types.SimpleNamespace", "datetime.datetime"}
+WHERE = "use the shipped 'fastsam-n', or fetch official weights with 'evenlight weights fetch'"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Regions:
+    """What the segmenter says of one photo.
+
+    labels: HxW uint8, 0 = uncovered, 1 is the largest region.  proto: 32xH/4xW/4 float16 mask
+    prototypes.  p3: CxH/8xW/8 float16 features of the neck.
+    """
+
+    labels: NDArray[np.uint8]
+    proto: NDArray[np.float16]
+    p3: NDArray[np.float16]
+
+
+def load_segmenter(settings: RegionSettings, device: str | torch.device = "cpu") -> "FastSAM":
+    """The segmenter that settings name: the shipped one, or a .safetensors or .pt file.
+
+    Raises EnvironmentLacks where the file is missing, is no FastSAM, or holds more than weights.
+    """
+    shipped = files("evenlight.stages.weights") / f"{settings.segmenter}.safetensors"
+    path = Path(str(shipped)) if "/" not in settings.segmenter and shipped.is_file() else None
+    if path is None:
+        path = Path(settings.segmenter).expanduser()
+    if not path.is_file():
+        raise EnvironmentLacks(f"FastSAM weights not found: {path} is not a file; {WHERE}")
+    fingerprint = sha256(path.read_bytes()).hexdigest()
+    return FastSAM(load_network(path).to(device), settings, fingerprint)
+
+
+class FastSAM:
+    """A frozen FastSAM with its own decoding.
+
+    fingerprint: sha256 of the weight file, 64 hex digits.  p3_channels: C of the P3 features.
+    """
+
+    def __init__(self, network: Any, settings: RegionSettings, fingerprint: str) -> None:
+        self.layers: Any = network.eval().requires_grad_(False).model
+        self.head: Any = self.layers[-1]
+        self.settings = settings
+        self.fingerprint = fingerprint
+        self.p3_channels: int = self.head.cv2[0][0].conv.in_channels
+
+    def features(self, rgb_B3HW: Tensor) -> tuple[Tensor, Tensor]:
+        """Prototypes and P3 features, differentiable in the photo.
+
+        rgb_B3HW: sRGB in [0, 1], H and W multiples of 32.
+        Returns proto_B32hw at /4 and p3_BChw at /8.
+        """
+        p3_BChw = self._run(rgb_B3HW, P3_LAYER)[P3_LAYER]
+        return self.head.proto(p3_BChw), p3_BChw
+
+    @torch.no_grad()
+    def segment(self, rgb_HW3: NDArray[np.uint8], extent: tuple[int, int] | None = None) -> Regions:
+        """Region map and features of one photo.
+
+        rgb_HW3: uint8 sRGB, H and W multiples of 8.  extent: (height, width) of the true photo
+        in the top-left corner, multiples of 8; outside it labels and features are 0.
+        """
+        height, width, _ = rgb_HW3.shape
+        h, w = extent or (height, width)
+        assert not any(side % 8 for side in (height, width, h, w)), (rgb_HW3.shape, extent)
+        photo = torch.from_numpy(np.ascontiguousarray(rgb_HW3[:h, :w])).to(self._device)
+        photo_13HW = photo.permute(2, 0, 1)[None].float() / 255
+        padded = functional.pad(photo_13HW, (0, -w % 32, 0, -h % 32), mode="replicate")
+        outputs = self._run(padded, len(self.layers) - 2)
+        proto_132hw = self.head.proto(outputs[P3_LAYER])
+        boxes_K4, scores_K, coefficients_K32 = self._detections(outputs, h, w)
+        masks_KHW = _masks(proto_132hw[0], coefficients_K32, boxes_K4, (h, w))
+        labels = np.zeros((height, width), np.uint8)
+        labels[:h, :w] = region_map(
+            masks_KHW,
+            scores_K.cpu().numpy(),
+            min_area=self.settings.min_area,
+            max_regions=self.settings.max_regions,
+        )
+        return Regions(
+            labels=labels,
+            proto=_on_canvas(proto_132hw[0], (h // 4, w // 4), (height // 4, width // 4)),
+            p3=_on_canvas(outputs[P3_LAYER][0], (h // 8, w // 8), (height // 8, width // 8)),
+        )
+
+    @property
+    def _device(self) -> torch.device:
+        device: torch.device = next(self.layers.parameters()).device
+        return device
+
+    def _run(self, x: Tensor, last: int) -> list[Tensor]:
+        """Outputs of layers 0 to `last`, as ultralytics' BaseModel runs them."""
+        outputs: list[Tensor] = []
+        for layer in self.layers[: last + 1]:
+            sources = layer.f if isinstance(layer.f, list) else [layer.f]
+            inputs = [x if source == -1 else outputs[source] for source in sources]
+            x = layer(inputs if isinstance(layer.f, list) else inputs[0])
+            outputs.append(x)
+        return outputs
+
+    def _detections(self, outputs: list[Tensor], h: int, w: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Boxes (x1 y1 x2 y2, pixels), scores and mask coefficients that survive NMS.
+
+        Distances are decoded as in Generalized Focal Loss (arXiv 2006.04388): the mean of a
+        distribution over reg_max bins, in units of the level's stride.
+        """
+        boxes, scores, coefficients = [], [], []
+        bins = torch.arange(self.head.reg_max, device=self._device, dtype=torch.float32)
+        for level, source in enumerate(self.head.f):
+            x = outputs[source]
+            stride = float(self.head.stride[level])
+            score_A = self.head.cv3[level](x)[0, 0].flatten().sigmoid()
+            kept = (score_A > self.settings.confidence).nonzero().squeeze(1)
+            logits = self.head.cv2[level](x)[0].flatten(1)[:, kept].view(4, len(bins), -1)
+            left, top, right, bottom = (logits.softmax(1) * bins[:, None]).sum(1)
+            column, row = kept % x.shape[-1] + 0.5, kept // x.shape[-1] + 0.5
+            corners = (column - left, row - top, column + right, row + bottom)
+            boxes.append(torch.stack(corners, 1) * stride)
+            scores.append(score_A[kept])
+            coefficients.append(self.head.cv4[level](x)[0].flatten(1)[:, kept].T)
+        boxes_N4 = _snapped(torch.cat(boxes), h, w)
+        scores_N = torch.cat(scores)
+        kept = nms(boxes_N4, scores_N, self.settings.iou)[:MAX_MASKS]
+        return boxes_N4[kept], scores_N[kept], torch.cat(coefficients)[kept]
+
+
+def _snapped(boxes_N4: Tensor, h: int, w: int) -> Tensor:
+    """Boxes clipped to the frame, sides near its edge moved onto it."""
+    limit = boxes_N4.new_tensor([w, h, w, h])
+    boxes = boxes_N4.clamp(min=0).minimum(limit)
+    boxes = torch.where(boxes < EDGE_SNAP * limit, 0, boxes)
+    return torch.where(boxes > (1 - EDGE_SNAP) * limit, limit, boxes)
+
+
+def _masks(
+    proto_32hw: Tensor, coefficients_K32: Tensor, boxes_K4: Tensor, size: tuple[int, int]
+) -> NDArray[np.bool_]:
+    """Masks at full size, each inside its box: KxHxW, where the mask's logit is above 0."""
+    _, h4, w4 = proto_32hw.shape
+    logits_Khw = (coefficients_K32 @ proto_32hw.flatten(1)).view(-1, h4, w4)
+    masks = np.zeros((len(logits_Khw), *size), np.bool_)
+    for mask, logits_hw, box in zip(masks, logits_Khw, boxes_K4.tolist(), strict=True):
+        x1, y1, x2, y2 = (round(side) for side in box)
+        # Only the box is upsampled, on /4 cells that hold it with one more for the interpolation.
+        top, left = max(y1 // 4 - 1, 0), max(x1 // 4 - 1, 0)
+        part = logits_hw[None, None, top : y2 // 4 + 2, left : x2 // 4 + 2]
+        full = functional.interpolate(part, scale_factor=4, mode="bilinear")[0, 0] > 0
+        inside = full[y1 - 4 * top : y2 - 4 * top, x1 - 4 * left : x2 - 4 * left]
+        mask[y1:y2, x1:x2] = inside.cpu().numpy()
+    return masks
+
+
+def _on_canvas(
+    x_Chw: Tensor, extent: tuple[int, int], canvas: tuple[int, int]
+) -> NDArray[np.float16]:
+    features = np.zeros((len(x_Chw), *canvas), np.float16)
+    features[:, : extent[0], : extent[1]] = x_Chw[:, : extent[0], : extent[1]].half().cpu()
+    return features
+
+
+def load_network(path: Path) -> Any:
+    """A one-class YOLOv8-seg network holding the weights of a .safetensors or .pt file.
+
+    The network is built here, by the width of the first convolution; the file only fills its
+    tensors, so nothing that a file says is ever called.
+    """
+    read = _safetensors if path.suffix == ".safetensors" else _checkpoint
+    weights = {name: tensor.float() for name, tensor in read(path).items()}
+    first, branch = (
+        weights.get(f"model.{name}.weight", torch.empty(0)).shape[:1]
+        for name in ("0.conv", "22.cv3.0.0.conv")
+    )
+    width = WIDTHS.get(first[0])
+    if width is None:
+        raise _unusable(path, f"its first convolution has {first[0]} channels, not {WIDTHS}")
+    network = _build(width, branch[0])
+    expected = {name: tensor.shape for name, tensor in network.state_dict().items()}
+    found = {name: tensor.shape for name, tensor in weights.items()}
+    wrong = sorted(n for n in expected.keys() | found.keys() if expected.get(n) != found.get(n))
+    if wrong:
+        name = wrong[0]
+        raise _unusable(
+            path,
+            f"{len(wrong)} tensors differ from a one-class yolov8{width}-seg, first {name}: "
+            f"expected {expected.get(name)}, got {found.get(name)}",
+        )
+    if bad := [name for name, tensor in weights.items() if not tensor.isfinite().all()]:
+        raise _unusable(path, f"{len(bad)} tensors hold NaN or infinity, first {bad[0]}")
+    network.load_state_dict(weights)
+    return network
+
+
+def _build(width: str, class_branch: int) -> Any:
+    """yolov8{width}-seg with one class, whatever the width of its class branch.
+
+    A network tuned from 80 classes keeps its 80-wide branch; only its last layer has one output.
+    """
+    with torch.random.fork_rng(devices=[]):  # initial values are overwritten: leave the seed alone
+        network = _tasks.SegmentationModel(
+            f"yolov8{width}-seg.yaml", nc=min(class_branch, 80) or 1, verbose=False
+        )
+        head = network.model[-1]
+        head.nc, head.no = 1, 1 + 4 * head.reg_max
+        for branch in head.cv3:
+            branch[-1] = nn.Conv2d(branch[-1].in_channels, 1, 1)
+    return network
+
+
+def _safetensors(path: Path) -> dict[str, Tensor]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise _unusable(path, f"it is not a safetensors file ({error})") from error
+
+
+class _Inert:
+    """Stands in for every class that a checkpoint names: keeps attributes, does nothing."""
+
+    def __new__(cls, *_: Any) -> "_Inert":
+        return super().__new__(cls)
+
+
+def _checkpoint(path: Path) -> dict[str, Tensor]:
+    """Tensors of the model in an ultralytics checkpoint, whose classes are never instantiated.
+
+    Constructors of ultralytics evaluate strings and fetch files, so even its own names are
+    read as inert records; a name from anywhere else is refused.
+    """
+    try:
+        with ZipFile(path) as archive:
+            if any(entry.compress_type != ZIP_STORED for entry in archive.infolist()):
+                raise _unusable(path, "its entries are compressed, which torch.save never does")
+        names = get_unsafe_globals_in_checkpoint(path)
+        allowed = ("ultralytics.", "torch.nn.")
+        if foreign := [n for n in names if not n.startswith(allowed) and n not in HARMLESS]:
+            raise _unusable(
+                path, f"it asks for {', '.join(sorted(foreign))}, which no weights need"
+            )
+        with safe_globals([(_Inert, name) for name in names]):
+            content = torch.load(path, map_location="cpu", weights_only=True)
+        model = content.get("ema") or content["model"]
+        return dict(_tensors(model))
+    except EnvironmentLacks:
+        raise
+    except Exception as error:  # a hostile file can make the reader fail in any way
+        raise _unusable(path, f"it is not an ultralytics checkpoint ({error})") from error
+
+
+def _tensors(module: Any, prefix: str = "", depth: int = 0) -> Iterator[tuple[str, Tensor]]:
+    """Parameters and buffers of a record of nn.Module, named as in a state_dict."""
+    if depth > 12:
+        raise ValueError("modules are nested more than 12 deep")
+    state = vars(module)
+    for name, tensor in [*state["_parameters"].items(), *state["_buffers"].items()]:
+        if tensor is not None:
+            yield prefix + name, tensor.detach()
+    for name, child in state["_modules"].items():
+        yield from _tensors(child, f"{prefix}{name}.", depth + 1)
+
+
+def _unusable(path: Path, reason: str) -> EnvironmentLacks:
+    return EnvironmentLacks(f"FastSAM weights {path} cannot be used: {reason}; {WHERE}")
