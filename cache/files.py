@@ -1,0 +1,231 @@
+"""Files that are whole or absent: atomic writes, sealed JSON, digests, and the lock of a store.
+
+Every byte of a store goes to disk through `atomic_write`. POSIX only (flock, fsync of folders).
+"""
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import os
+import re
+import secrets
+import socket
+import time
+import weakref
+from datetime import UTC, datetime
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from evenlight.cache.errors import StoreError
+
+TEMPORARY_SUFFIX = ".evenlight-tmp"
+# Ours, and those that a killed zarr leaves; nobody else's files match.
+_LITTER = re.compile(rf"({re.escape(TEMPORARY_SUFFIX)}|\.[0-9a-f]{{32}}\.partial)$")
+_SEAL = "sha256"
+
+
+def atomic_write(path: Path, data: bytes) -> None:
+    """Put data at path so that any reader, and any kill, finds the old file or the new one.
+
+    On return file and name are on disk (fsync of both). Raises OSError, leaving no temporary.
+    """
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}{TEMPORARY_SUFFIX}")
+    try:
+        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+        try:
+            remaining = memoryview(data)
+            while remaining:
+                remaining = remaining[os.write(descriptor, remaining) :]
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+        temporary.replace(path)
+    except BaseException:  # Ctrl-C too must leave no litter
+        temporary.unlink(missing_ok=True)
+        raise
+    sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make the names in folder durable: renames and unlinks before it survive power loss."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def make_folder(folder: Path) -> None:
+    """Create folder and its missing parents, each one's name on disk before the next."""
+    if folder.is_dir():
+        return
+    make_folder(folder.parent)
+    folder.mkdir(exist_ok=True)
+    sync_folder(folder.parent)
+
+
+def clean_temporaries(folder: Path) -> list[Path]:
+    """Remove what killed writers left anywhere under folder, and name it.
+
+    Only for a folder that nobody else is writing to: a live writer would lose its temporary.
+    """
+    litter = [
+        Path(parent, name)
+        for parent, _, names in os.walk(folder)
+        for name in names
+        if _LITTER.search(name)
+    ]
+    for path in litter:
+        path.unlink(missing_ok=True)
+    return litter
+
+
+def sha256_bytes(data: bytes) -> str:
+    """Hex sha256 of data."""
+    return hashlib.sha256(data).hexdigest()
+
+
+def sha256_file(path: Path) -> str:
+    """Hex sha256 of a file of any size. Raises OSError."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def canonical_json(document: Any) -> bytes:
+    """The one spelling of a JSON value: sorted keys, no spaces, ASCII (names of any bytes pass)."""
+    text = json.dumps(document, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    return text.encode("ascii")
+
+
+def write_json(path: Path, document: dict[str, Any]) -> None:
+    """Write a JSON object atomically, sealed: its key "sha256" is the digest of all the rest."""
+    assert _SEAL not in document, "the seal is added here"
+    as_read = json.loads(canonical_json(document))  # keys that are numbers sort as text then
+    sealed = as_read | {_SEAL: sha256_bytes(canonical_json(as_read))}
+    atomic_write(path, json.dumps(sealed, indent=1).encode("ascii") + b"\n")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read what `write_json` wrote, without its seal.
+
+    Raises StoreError, whose text says what is wrong with the file, where it is missing, is not
+    readable, or differs in any bit that matters from what was written.
+    """
+    document = parse_json_object(path)
+    seal = document.pop(_SEAL, None)
+    if seal != sha256_bytes(canonical_json(document)):
+        raise StoreError(f"{path} is damaged: its content does not match its own digest")
+    return document
+
+
+def parse_json_object(path: Path) -> dict[str, Any]:
+    """Read a file that must hold one JSON object. Raises StoreError."""
+    try:
+        document = json.loads(path.read_bytes())
+        canonical_json(document)  # refuses NaN and Infinity, which are no JSON
+    except FileNotFoundError:
+        raise StoreError(f"{path} is missing") from None
+    except OSError as error:
+        raise StoreError(f"{path} cannot be read: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:
+        raise StoreError(f"{path} is damaged: not JSON ({error})") from error
+    if not isinstance(document, dict):
+        raise StoreError(f"{path} is damaged: expected a JSON object")
+    return document
+
+
+class Lock:
+    """One writer at a time: an flock on an open file, whose content names the holder.
+
+    The kernel frees it when the process ends in whatever way, so a stale lock cannot exist and
+    two contenders cannot both take over; the file stays, emptied on release. Forked children do
+    not inherit it.
+    """
+
+    def __init__(self, path: Path, subject: str) -> None:
+        """path: the lock file, its folder existing. subject: what it guards, for messages."""
+        self.path = path
+        self.subject = subject
+        self.token = ""  # the content while held; a worker of this run can compare it
+        self._descriptor: int | None = None
+
+    @property
+    def held(self) -> bool:
+        """This process holds it; False in a forked child of the holder."""
+        return self._descriptor is not None
+
+    def __enter__(self) -> Self:
+        descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            holder = {
+                "pid": os.getpid(),
+                "host": socket.gethostname(),
+                "started": datetime.now(UTC).isoformat(timespec="microseconds"),
+            }
+            self.token = json.dumps(holder)
+            os.ftruncate(descriptor, 0)
+            os.pwrite(descriptor, self.token.encode(), 0)
+        except BlockingIOError:
+            os.close(descriptor)
+            raise StoreError(f"{self.subject} is in use by {self._holder()}") from None
+        except OSError as error:
+            os.close(descriptor)
+            raise StoreError(
+                f"{self.subject} cannot be locked ({error.strerror}): "
+                "put it on a local disk with free space"
+            ) from error
+        self._descriptor = descriptor
+        _held.add(self)
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self._descriptor is None:
+            return
+        _held.discard(self)
+        os.ftruncate(self._descriptor, 0)
+        fcntl.flock(self._descriptor, fcntl.LOCK_UN)  # a fork may hold the same open file
+        os.close(self._descriptor)
+        self._descriptor = None
+
+    def _holder(self) -> str:
+        # The winner writes its name just after it has locked: give it a moment.
+        for _ in range(50):
+            with contextlib.suppress(ValueError, KeyError, TypeError):
+                holder = json.loads(read_token(self.path))
+                return (
+                    f"process {holder['pid']} on host {holder['host']} "
+                    f"(since {holder['started']}): wait until it ends, or stop it"
+                )
+            time.sleep(0.02)
+        return "another process that has not said its name: try again"
+
+
+def read_token(path: Path) -> str:
+    """What the holder of the lock at path wrote, or "" where nobody holds it."""
+    try:
+        return path.read_text(encoding="ascii", errors="replace")
+    except FileNotFoundError:
+        return ""
+
+
+_held: weakref.WeakSet[Lock] = weakref.WeakSet()
+
+
+def _forget_locks_in_child() -> None:
+    # A surviving child must not keep the lock of a killed parent.
+    for lock in list(_held):
+        if lock._descriptor is not None:
+            os.close(lock._descriptor)
+            lock._descriptor = None
+    _held.clear()
+
+
+os.register_at_fork(after_in_child=_forget_locks_in_child)
