@@ -1,0 +1,171 @@
+"""Where photos come from: files, folders walked recursively, HDF5 files of images."""
+
+import io
+import os
+import stat
+import unicodedata
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from evenlight.cache.errors import PhotoError, UsageError
+
+SUFFIXES = (".jpg", ".jpeg", ".png", ".tif", ".tiff", ".webp")
+HDF5_SUFFIXES = (".h5", ".hdf5")
+_MAX_BYTES = 2 << 30  # of one file; 128 megapixels of 16-bit RGBA are 1 GiB uncompressed
+
+
+@dataclass(frozen=True)
+class PhotoSource:
+    """Where the bytes of one photo come from.
+
+    name: path relative to the folder searched (POSIX), or name of the dataset; fit for JSON,
+    UTF-8 and one line of a table, and unique: backslashes, control characters and bytes that
+    are not UTF-8 are written as backslash escapes.  path: the file to open.  output_name: the
+    relative path, exactly, under which a corrected copy belongs; never leaves its folder.
+    """
+
+    name: str
+    path: Path
+    output_name: str
+    dataset: str | None = None  # of an HDF5 file
+
+    def read_bytes(self) -> bytes:
+        """The whole file, or for HDF5 the array in NumPy's .npy format (so that a digest covers
+        shape and type too).  Raises PhotoError; never waits on a pipe or a device."""
+        if self.dataset is not None:
+            from evenlight.cache import hdf5  # h5py only where a source is HDF5
+
+            stream = io.BytesIO()
+            np.save(stream, hdf5.read_image(self.path, self.dataset), allow_pickle=False)
+            return stream.getvalue()
+        try:
+            # O_NONBLOCK: opening a pipe that took the file's place must not wait for a writer.
+            with os.fdopen(os.open(self.path, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:
+                status = os.fstat(file.fileno())
+                if not stat.S_ISREG(status.st_mode):
+                    raise PhotoError("not a regular file")
+                if status.st_size > _MAX_BYTES:
+                    raise PhotoError(f"a file of {status.st_size} bytes; at most {_MAX_BYTES}")
+                return file.read()
+        except OSError as error:
+            raise PhotoError(f"cannot be read: {error.strerror}") from error
+
+
+@dataclass(frozen=True)
+class Found:
+    """photos: sorted by relative path.  skipped: how many files were passed over, by reason."""
+
+    photos: list[PhotoSource]
+    skipped: Counter[str] = field(default_factory=Counter)
+
+
+def list_photos(source: Path) -> list[PhotoSource]:
+    """The photos of find_photos, without the count of what was skipped."""
+    return find_photos(source).photos
+
+
+def find_photos(source: Path) -> Found:
+    """Photos of a file, of a folder and all folders in it, or of an HDF5 file.
+
+    In folders, files count as photos by suffix (any case); a file named itself is always
+    listed.  Links to folders are followed once each.  Files and folders that cannot be opened
+    are listed all the same, so that reading them reports them by name.  Raises UsageError when
+    source does not exist or is neither file nor folder.
+    """
+    try:
+        mode = source.stat().st_mode
+    except OSError as error:
+        raise UsageError(f"{source} cannot be read: {error.strerror}") from error
+    if stat.S_ISDIR(mode):
+        found = Found([])
+        _walk(source, found)
+        found.photos.sort(key=lambda photo: photo.output_name)
+        return found
+    if not stat.S_ISREG(mode):
+        raise UsageError(f"{source} is neither a file, a folder nor an HDF5 file of images")
+    if source.suffix.lower() in HDF5_SUFFIXES:
+        return Found(_list_hdf5(source))
+    return Found([PhotoSource(_printable(source.name), source, source.name)])
+
+
+def _list_hdf5(source: Path) -> list[PhotoSource]:
+    from evenlight.cache import hdf5  # h5py only where a source is HDF5
+
+    def output_name(dataset: str) -> str:
+        parts = [part for part in dataset.split("/") if part not in ("", ".", "..")]
+        return "/".join(parts).replace("\0", "_") + ".png"
+
+    return [
+        PhotoSource(_printable(name), source, output_name(name), name)
+        for name in hdf5.list_images(source)
+    ]
+
+
+def _walk(root: Path, found: Found) -> None:
+    """Depth first; folders behind links last, so that a photo is named by its true place."""
+    seen: set[tuple[int, int]] = set()
+    folders, linked = [root], list[Path]()
+    while folders or linked:
+        folder = folders.pop() if folders else linked.pop(0)
+        try:
+            status = folder.stat()
+            if (status.st_dev, status.st_ino) in seen:
+                found.skipped["link to a folder already searched"] += 1
+                continue
+            seen.add((status.st_dev, status.st_ino))
+            entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
+        except OSError:
+            found.photos.append(_source(root, folder))  # read_bytes says why it cannot be read
+            continue
+        for entry in entries:
+            if entry.name.startswith(".") or entry.name.lower() in ("desktop.ini", "thumbs.db"):
+                found.skipped["hidden"] += 1
+            elif _is_folder(entry):
+                (linked if entry.is_symlink() else folders).append(Path(entry.path))
+            elif not entry.name.lower().endswith(SUFFIXES):
+                found.skipped["not named as a photo"] += 1
+            elif _is_special(entry):
+                found.skipped["not a regular file"] += 1
+            else:
+                found.photos.append(_source(root, Path(entry.path)))
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link that leads to itself
+        return False
+
+
+def _is_special(entry: os.DirEntry[str]) -> bool:
+    """Whether it exists and is a pipe, socket or device; broken links are for read_bytes."""
+    try:
+        return not stat.S_ISREG(entry.stat().st_mode)
+    except OSError:
+        return False
+
+
+def _source(root: Path, path: Path) -> PhotoSource:
+    relative = path.relative_to(root).as_posix()
+    return PhotoSource(_printable(relative), path, relative)
+
+
+def _printable(name: str) -> str:
+    """Injective: a backslash of the name itself is doubled."""
+
+    def escape(char: str) -> str:
+        if char == "\\":
+            return "\\\\"
+        if unicodedata.category(char) in ("Cc", "Cs", "Zl", "Zp"):
+            return (
+                char.encode("utf-8", "surrogateescape")
+                .decode("latin-1")
+                .encode("unicode_escape")
+                .decode("ascii")
+            )
+        return char
+
+    return "".join(map(escape, name))
