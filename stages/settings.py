@@ -122,6 +122,20 @@ class NetworkSettings:
     frequency: str = setting("real_imag", "training")  # or "amp_phase"
     family: str = setting("film", "training")  # tone operator of the "tone" head
 
+    def __post_init__(self) -> None:
+        choices = {
+            "size": ("tiny", "small", "base", "paper"),
+            "head": ("tone", "residual"),
+            "attention": ("element", "channel"),
+            "frequency": ("real_imag", "amp_phase"),
+            "family": FAMILIES,
+        }
+        for name, allowed in choices.items():
+            got = getattr(self, name)
+            require(
+                got in allowed, f"network.{name} must be one of {', '.join(allowed)}, got {got!r}"
+            )
+
 
 @dataclass(frozen=True, kw_only=True)
 class LossSettings:
