@@ -1,0 +1,28 @@
+# Two commands do everything on a fresh machine: make demo, make test.
+VENV := .venv
+BIN := $(VENV)/bin
+
+.PHONY: demo test check clean
+
+demo: $(VENV)/ready
+	$(BIN)/python -m evenlight.pipeline.demo demo-output
+	@echo "open demo-output/report.html"
+
+test: $(VENV)/ready
+	$(BIN)/python -m pytest -q
+
+check: $(VENV)/ready
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+$(VENV)/ready: pyproject.toml constraints.txt
+	python3 -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet uv
+	$(BIN)/uv pip install --quiet --python $(BIN)/python --constraint constraints.txt -e '.[dev]'
+	mkdir -p .typing && ln -sfn .. .typing/evenlight
+	touch $@
+
+clean:
+	rm -rf $(VENV) .typing build demo-output

@@ -1,0 +1,354 @@
+"""The command line: parse, call one function of the pipeline, print, exit with a code."""
+
+import json
+import signal
+from collections.abc import Callable
+from dataclasses import asdict, is_dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from evenlight import __version__
+from evenlight.cache.errors import (
+    EnvironmentLacks,
+    EvenlightError,
+    PhotoError,
+    StoreError,
+    UsageError,
+)
+
+SOME_FAILED, USAGE, STORE, ENVIRONMENT = 1, 2, 3, 4
+EXIT_CODES: tuple[tuple[type[EvenlightError], int], ...] = (
+    (UsageError, USAGE),
+    (StoreError, STORE),
+    (EnvironmentLacks, ENVIRONMENT),
+    (PhotoError, SOME_FAILED),
+    (EvenlightError, SOME_FAILED),
+)
+
+app = typer.Typer(
+    help="Mend badly exposed photographs; learn to do so from unlabelled photos.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+cache_app = typer.Typer(help="Look into a store of priors.", no_args_is_help=True)
+weights_app = typer.Typer(help="Official weights.", no_args_is_help=True)
+app.add_typer(cache_app, name="cache")
+app.add_typer(weights_app, name="weights")
+stderr = Console(stderr=True, highlight=False)
+
+StoreOption = Annotated[Path, typer.Option("-s", "--store", help="Folder of the store.")]
+ModelOption = Annotated[
+    Path | None, typer.Option("-m", "--model", help="Folder of a training run; default: shipped.")
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="Machine-readable result on stdout.")]
+ConfigOption = Annotated[Path | None, typer.Option("--config", help="TOML file of settings.")]
+SetOption = Annotated[
+    list[str] | None, typer.Option("--set", help="section.key=value; repeatable.")
+]
+
+
+@app.callback(invoke_without_command=True)
+def version(
+    show: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
+) -> None:
+    if show:
+        typer.echo(__version__)
+        raise typer.Exit
+
+
+@app.command()
+def precompute(
+    photos: Annotated[Path, typer.Argument(help="A photo, a folder, or an HDF5 file of images.")],
+    store: StoreOption,
+    workers: Annotated[int | None, typer.Option(help="Local processes.")] = None,
+    scheduler: Annotated[str, typer.Option(help="Address of a Dask cluster.")] = "",
+    config: ConfigOption = None,
+    set_: SetOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Make or complete a store of priors: regions, embeddings, pseudo-ground-truth."""
+    from evenlight.pipeline.config import build
+    from evenlight.pipeline.precompute import precompute as run
+
+    overrides = [*(set_ or []), *([f"run.workers={workers}"] if workers else [])]
+    settings = build(config, overrides)
+    with progress() as on_progress:
+        report = run(photos, store, settings=settings, scheduler=scheduler, on_progress=on_progress)
+    _finish_run(report, as_json, rate=report.photos_made / max(report.seconds, 1e-9))
+
+
+@app.command("tune-clip")
+def tune_clip(
+    store: StoreOption,
+    config: ConfigOption = None,
+    set_: SetOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Tune the prompts that judge exposure, from the embeddings of a store."""
+    from evenlight.pipeline.prompts import tune_clip as run
+
+    report = run(store, settings=_store_settings(store, config, set_))
+    if not as_json:
+        verdict = "accepted" if report.accepted else "NOT accepted: the former prompts stay"
+        stderr.print(f"tuned prompts {verdict}")
+        for name, value in report.figures.items():
+            stderr.print(f"  {name}: {value}")
+    emit(report, as_json)
+
+
+@app.command()
+def regenerate(
+    store: StoreOption,
+    config: ConfigOption = None,
+    set_: SetOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Remake scores and pseudo-ground-truth from cached embeddings, where prompts changed."""
+    from evenlight.pipeline.precompute import regenerate as run
+
+    settings = _store_settings(store, config, set_)
+    with progress() as on_progress:
+        report = run(store, settings=settings, on_progress=on_progress)
+    _finish_run(report, as_json, rate=report.photos_made / max(report.seconds, 1e-9))
+
+
+@app.command()
+def train(
+    store: StoreOption,
+    out: Annotated[Path, typer.Option("-o", "--out", help="Folder of the run.")],
+    config: ConfigOption = None,
+    set_: SetOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Train a corrector from a store; goes on where an earlier run in the folder stopped."""
+    from evenlight.pipeline.train import train as run
+
+    settings = _store_settings(store, config, set_)
+    with progress() as on_progress:
+        result = run(store, out, settings=settings, on_progress=on_progress)
+    if not as_json:
+        stderr.print(result.summary())
+    emit(result, as_json)
+
+
+@app.command()
+def evaluate(
+    data: Annotated[list[str], typer.Option("--data", help="LAYOUT:PATH; repeatable.")],
+    model: Annotated[
+        list[Path] | None, typer.Option("-m", "--model", help="Folder of a run; repeatable.")
+    ] = None,
+    csv: Annotated[Path | None, typer.Option("--csv", help="Write the rows here too.")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Measure models, their pseudo-ground-truth and baselines on sets with references."""
+    from evenlight.pipeline.evaluate import evaluate as run
+
+    with progress() as on_progress:
+        result = run(model or [], data, on_progress=on_progress)
+    if csv is not None:
+        csv.write_text(result.to_csv(), encoding="utf-8")
+    if not as_json:
+        _print_evaluation(result)
+    emit(result, as_json)
+
+
+@app.command()
+def correct(
+    photos: Annotated[list[Path], typer.Argument(help="Photos or folders.")],
+    out: Annotated[Path, typer.Option("-o", "--out", help="Folder for corrected photos.")],
+    model: ModelOption = None,
+    strength: Annotated[float, typer.Option(help="0 leaves photos as they are, 1 is all.")] = 1.0,
+    overwrite: Annotated[bool, typer.Option(help="Replace outputs of earlier runs.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Correct photos of any size; inputs are never touched."""
+    from evenlight.pipeline.correct import correct as run
+
+    with progress() as on_progress:
+        report = run(
+            photos,
+            out,
+            model=model,
+            strength=strength,
+            overwrite=overwrite,
+            on_progress=on_progress,
+        )
+    if not as_json:
+        stderr.print(f"corrected {len(report.corrected)}, skipped {len(report.skipped)}")
+    _list_failures(report.failed)
+    emit(report, as_json)
+    if report.failed:
+        raise typer.Exit(SOME_FAILED)
+
+
+@app.command()
+def doctor(as_json: JsonOption = False) -> None:
+    """What is installed, which scan would run and why, which weights are there."""
+    from evenlight.pipeline.inspect import doctor as run
+
+    found = run()
+    if not as_json:
+        _print_tree(found)
+    emit(found, as_json)
+    if found["lacks"]:
+        raise typer.Exit(ENVIRONMENT)
+
+
+@cache_app.command("info")
+def cache_info(store: StoreOption, as_json: JsonOption = False) -> None:
+    """Counts, parts, sizes, fingerprints, and what is stale."""
+    from evenlight.pipeline.inspect import cache_info as run
+
+    info = run(store)
+    if not as_json:
+        _print_tree(info)
+    emit(info, as_json)
+
+
+@cache_app.command("verify")
+def cache_verify(
+    store: StoreOption,
+    repair: Annotated[bool, typer.Option(help="Forget what is damaged, to be remade.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Check every stored byte against its record."""
+    from evenlight.pipeline.inspect import cache_verify as run
+
+    damages = run(store, repair=repair)
+    if not as_json:
+        for damage in damages:
+            stderr.print(f"unit {damage.unit} {damage.part} {damage.array}: {damage.reason}")
+        stderr.print(f"{len(damages)} damaged" if damages else "whole")
+    emit([asdict(damage) for damage in damages], as_json)
+    if damages:
+        raise typer.Exit(STORE)
+
+
+@weights_app.command("fetch")
+def weights_fetch(
+    name: Annotated[str, typer.Argument(help="FastSAM-s, FastSAM-x or ViT-B-32-openai.")],
+    out: Annotated[Path, typer.Option("-o", "--out", help="Folder for the file.")],
+    as_json: JsonOption = False,
+) -> None:
+    """Download official weights: the only command that opens a connection."""
+    from evenlight.pipeline.inspect import fetch_weights
+
+    path = fetch_weights(name, out)
+    if not as_json:
+        stderr.print(f"wrote {path}")
+    emit({"path": str(path)}, as_json)
+
+
+class progress:  # noqa: N801 - used as `with progress() as on_progress`
+    """One bar on stderr; silent where stderr is no terminal."""
+
+    def __init__(self) -> None:
+        self._bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[rate]}"),
+            TimeRemainingColumn(),
+            console=stderr,
+            disable=not stderr.is_terminal,
+        )
+
+    def __enter__(self) -> Callable[[str, int, int], None]:
+        self._bar.start()
+        tasks: dict[str, Any] = {}
+
+        def on_progress(what: str, done: int, total: int) -> None:
+            if what not in tasks:
+                tasks[what] = self._bar.add_task(what, total=total, rate="")
+            speed = self._bar.tasks[tasks[what]].speed
+            rate = f"{speed:.1f}/s" if speed else ""
+            self._bar.update(tasks[what], completed=done, total=total, rate=rate)
+
+        return on_progress
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.stop()
+
+
+def emit(result: Any, as_json: bool) -> None:
+    """The result as one JSON document on stdout, if asked for."""
+    if as_json:
+        plain = asdict(result) if is_dataclass(result) and not isinstance(result, type) else result
+        typer.echo(json.dumps(plain, indent=2, default=str))
+
+
+def _store_settings(store: Path, config: Path | None, overrides: list[str] | None) -> Any:
+    """The settings a store was made with, then the file, then the overrides."""
+    from evenlight.cache.store import Store
+    from evenlight.pipeline.config import build
+
+    with Store.open(store) as opened:
+        return build(config, overrides or [], base=opened.index.settings)
+
+
+def _finish_run(report: Any, as_json: bool, *, rate: float) -> None:
+    if not as_json:
+        stderr.print(
+            f"{report.photos} photos, {len(report.failed)} failed; units: {report.units_made} "
+            f"made, {report.units_kept} already complete; {report.seconds:.1f} s, "
+            f"{rate:.2f} photos/s"
+        )
+    _list_failures(report.failed)
+    emit(report, as_json)
+    if report.failed:
+        raise typer.Exit(SOME_FAILED)
+
+
+def _list_failures(failed: list[tuple[str, str]]) -> None:
+    if failed:
+        table = Table("photo", "reason", title=f"{len(failed)} failed", title_justify="left")
+        for name, reason in failed:
+            table.add_row(name, reason)
+        stderr.print(table, markup=False)
+
+
+def _print_evaluation(result: Any) -> None:
+    console = Console()
+    for name in result.sets:
+        table = Table("method", "side", "photos", "PSNR dB", "SSIM", "CIEDE2000", title=name)
+        for row in result.rows:
+            if row.data == name:
+                figures = (f"{row.psnr:.2f}", f"{row.ssim:.3f}", f"{row.colour:.2f}")
+                table.add_row(row.method, row.side, str(row.photos), *figures)
+        console.print(table)
+    console.print(result.protocol)
+
+
+def _print_tree(values: dict[str, Any], indent: int = 0) -> None:
+    for key, value in values.items():
+        if isinstance(value, dict):
+            typer.echo(f"{' ' * indent}{key}:")
+            _print_tree(value, indent + 2)
+        else:
+            typer.echo(f"{' ' * indent}{key}: {value if value != '' else '-'}")
+
+
+def _terminate(number: int, _: FrameType | None) -> None:
+    raise SystemExit(128 + number)
+
+
+def main() -> None:
+    """Run the command line and map errors to exit codes."""
+    signal.signal(signal.SIGTERM, _terminate)
+    try:
+        app()  # typer exits 2 on bad usage and 130 on Ctrl-C
+    except EvenlightError as error:
+        stderr.print(f"evenlight: {error}", markup=False)
+        code = next(code for kind, code in EXIT_CODES if isinstance(error, kind))
+        raise SystemExit(code) from None
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,88 @@
+"""A trained corrector with its priors, ready to correct photos."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from evenlight.cache.errors import EnvironmentLacks, StoreError
+from evenlight.pipeline import config
+from evenlight.pipeline.models import Models, choose_device, load_models
+from evenlight.pipeline.train import priors_of
+from evenlight.stages.corrector.apply import Maps, correct_pixels, fit_maps
+from evenlight.stages.corrector.checkpoint import load_corrector
+from evenlight.stages.corrector.inputs import at_working_size, prior_features, rule_corrected
+from evenlight.stages.corrector.network import Corrector
+from evenlight.stages.images import working
+from evenlight.stages.priors.ladder import embed_photo
+from evenlight.stages.priors.prompts import Scorer
+from evenlight.stages.priors.pseudo_gt import choose
+from evenlight.stages.settings import Settings
+
+SHIPPED = Path(__file__).parent.parent / "stages" / "weights" / "base"
+
+
+@dataclass(frozen=True)
+class LoadedCorrector:
+    """One trained corrector and the frozen models it was trained with."""
+
+    network: Corrector
+    settings: Settings
+    models: Models
+    scorer: Scorer
+
+    def predict(self, photo_HW3: np.ndarray) -> Maps:
+        """Maps at the working size.  photo: uint8 at the priors' size, sides multiples of 8."""
+        proto, p3 = prior_features(photo_HW3, self.models.segmenter)
+        inputs = at_working_size(photo_HW3, proto, p3, self.settings.train.size)
+        with torch.inference_mode():
+            strength, residual = self.network(*inputs)
+        return fit_maps(inputs[0], strength, residual, self.settings.network.family)
+
+    def pseudo_gt(self, pixels_HW3: np.ndarray) -> dict[str, np.ndarray]:
+        """The pseudo_gt part of a photo that is in no store, at the priors' size."""
+        photo = working(pixels_HW3, self.settings.photo.size)
+        regions = self.models.segmenter.segment(rule_corrected(photo))
+        cached = embed_photo(photo, regions.labels, self.models.clip, self.settings.ladder)
+        return choose(
+            photo,
+            regions.labels,
+            cached,
+            self.scorer,
+            self.settings.ladder,
+            self.settings.pseudo_gt,
+        )
+
+    def correct(self, pixels_HW3: np.ndarray, strength: float = 1.0) -> np.ndarray:
+        """The corrected photo, same shape and dtype (uint8 or uint16 RGB)."""
+        return correct_pixels(
+            pixels_HW3, self.predict, prior_size=self.settings.photo.size, strength=strength
+        )
+
+
+def load(path: Path | None, device: str = "auto") -> LoadedCorrector:
+    """The corrector of a training run's folder, or the shipped one for None.
+
+    Raises StoreError where the priors here are not those it was trained with.
+    """
+    folder = path or SHIPPED
+    if path is None and not SHIPPED.is_dir():
+        raise EnvironmentLacks(
+            "no corrector ships with this version: train one and name its folder with -m"
+        )
+    device = choose_device(device)
+    network, extra, info = load_corrector(folder, device)
+    settings = config.build(base=info["settings"], overrides=[f"run.device={device}"])
+    models = load_models(settings)
+    scorer = Scorer.from_tensors(
+        {key.removeprefix("scorer."): value for key, value in extra.items()}
+    )
+    found = priors_of(models, scorer.fingerprint)
+    for prior, wanted in info["priors"].items():
+        if found[prior] != wanted:
+            raise StoreError(
+                f"corrector {folder} was trained with {prior} {wanted[:12]}, here is "
+                f"{found[prior][:12]}: put those weights back, or train again"
+            )
+    return LoadedCorrector(network, settings, models, scorer)

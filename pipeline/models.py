@@ -1,0 +1,57 @@
+"""The frozen models a command needs, loaded once per process."""
+
+import functools
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from evenlight.cache.errors import EnvironmentLacks
+from evenlight.stages.priors.clip import load_clip
+from evenlight.stages.priors.fastsam import Regions, load_segmenter
+from evenlight.stages.priors.ladder import Embedder
+from evenlight.stages.settings import ClipSettings, RegionSettings, Settings
+
+
+class Segmenter(Protocol):
+    """FastSAM: regions and features of a photo."""
+
+    fingerprint: str
+    p3_channels: int
+
+    def segment(self, photo_HW3: np.ndarray) -> Regions: ...
+
+    def features(self, rgb_B3HW: Tensor) -> tuple[Tensor, Tensor]: ...
+
+
+@dataclass(frozen=True)
+class Models:
+    segmenter: Segmenter
+    clip: Embedder
+
+
+def load_models(settings: Settings) -> Models:
+    """Segmenter and CLIP as the settings name them, on the device they name."""
+    device = choose_device(settings.run.device)
+    return Models(_segmenter(settings.regions, device), _clip(settings.clip, device))
+
+
+def choose_device(name: str) -> str:
+    """ "auto" becomes cuda where there is one, else cpu."""
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if name.startswith("cuda") and not torch.cuda.is_available():
+        raise EnvironmentLacks(f"run.device is {name}, but torch finds no CUDA device here")
+    return name
+
+
+@functools.lru_cache(maxsize=2)
+def _segmenter(settings: RegionSettings, device: str) -> Segmenter:
+    return load_segmenter(settings, device)
+
+
+@functools.lru_cache(maxsize=2)
+def _clip(settings: ClipSettings, device: str) -> Embedder:
+    return load_clip(settings, device)

@@ -1,0 +1,209 @@
+"""Stage 1 as a run: photos in, complete units of priors out.
+
+`precompute` lists and digests the photos, compares every unit with what it should be, and
+makes what is missing or stale. `regenerate` does the same for scores and pseudo-GT alone, from
+cached embeddings: no image passes through CLIP or FastSAM.
+"""
+
+import dataclasses
+import functools
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from evenlight.cache.errors import PhotoError, StoreError, UsageError
+from evenlight.cache.files import sha256_bytes
+from evenlight.cache.schema import EMPTY_SLOT, FAILED, PARTS, Index, PhotoRecord
+from evenlight.cache.store import Store
+from evenlight.pipeline import config, schedule
+from evenlight.pipeline.models import Models, load_models
+from evenlight.pipeline.plan import UnitPlan, made_by, part_fingerprint, plan_unit
+from evenlight.pipeline.prompts import store_scorer
+from evenlight.pipeline.units import (
+    Tools,
+    UnitTask,
+    make_unit,
+    make_unit_here,
+    make_unit_in_worker,
+)
+from evenlight.stages.images import PhotoSource, list_photos
+from evenlight.stages.settings import Settings
+
+Progress = Callable[[str, int, int], None]
+"""(what is counted, done, of how many); called from the main thread."""
+
+
+@dataclass(kw_only=True)
+class RunReport:
+    """What a run did.  Counts are of photos unless they say units."""
+
+    photos: int = 0
+    failed: list[tuple[str, str]] = field(default_factory=list)  # name, reason
+    units_kept: int = 0
+    units_made: int = 0
+    parts_made: dict[str, int] = field(default_factory=dict)  # part -> units
+    photos_made: int = 0
+    seconds: float = 0.0
+
+
+def silent(what: str, done: int, total: int) -> None:
+    """The progress of a run that nobody watches."""
+
+
+def precompute(
+    photos: Path,
+    store: Path,
+    *,
+    settings: Settings,
+    models: Models | None = None,
+    scheduler: str = "",
+    on_progress: Progress = silent,
+) -> RunReport:
+    """Make or complete a store of priors for the photos; resumes whatever an earlier run left.
+
+    photos: a photo, a folder (walked recursively) or an HDF5 file of images.  models: loaded by
+    the settings when None.  scheduler: address of a Dask cluster; empty runs here, in
+    `run.workers` processes.  Photos that cannot be used are listed in the report.
+    """
+    started = time.monotonic()
+    sources = {source.name: source for source in list_photos(photos)}
+    if not sources:
+        raise UsageError(f"no photos found in {photos}")
+    digests = {}
+    for done, (name, source) in enumerate(sources.items(), 1):
+        digests[name] = _digest(source)
+        on_progress("photos read", done, len(sources))
+    injected, models = models, models or load_models(settings)
+
+    with Store.create_or_open(store, unit_size=settings.run.unit_size) as target:
+        _write_index(target, target.index.updated(sources), settings, photos)
+        tools = Tools(settings, models, store_scorer(target.path, models.clip))
+        target.ensure_arrays([spec for part in PARTS for spec in tools.specs(part)])
+        plans = _plans(target, digests, tools)
+        todo = [plan for plan in plans if plan.todo]
+        report = RunReport(units_kept=len(plans) - len(todo))
+        tasks = [UnitTask(target.path, plan, _unit_sources(plan, sources)) for plan in todo]
+        finished = schedule.run(
+            functools.partial(make_unit_here, target, tools=tools),
+            functools.partial(make_unit_in_worker, settings=settings),
+            tasks,
+            workers=1 if injected else settings.run.workers,
+            scheduler=scheduler,
+        )
+        for task in finished:
+            _count(report, task.plan)
+            on_progress("photos", report.photos_made, _num_photos(todo))
+        _collect(target, report)
+    report.seconds = time.monotonic() - started
+    return report
+
+
+def regenerate(store: Path, *, settings: Settings, on_progress: Progress = silent) -> RunReport:
+    """Remake scores and pseudo-GT where prompts or their settings changed, from the cache alone.
+
+    settings: those of the store, with changes to pseudo_gt settings at most.  Raises StoreError
+    where an earlier part is missing or other settings differ.
+    """
+    started = time.monotonic()
+    with Store.create_or_open(store) as target:
+        _refuse_other_changes(target, settings)
+        tools = Tools(settings, None, store_scorer(target.path, None))
+        plans = [_regenerate_plan(target, unit, tools) for unit in range(target.index.num_units)]
+        _write_index(target, target.index, settings, Path(target.index.source))
+        todo = [plan for plan in plans if plan.todo]
+        report = RunReport(units_kept=len(plans) - len(todo))
+        for plan in todo:
+            make_unit(target, plan, {}, tools)
+            _count(report, plan)
+            on_progress("photos", report.photos_made, _num_photos(todo))
+        _collect(target, report)
+    report.seconds = time.monotonic() - started
+    return report
+
+
+def _digest(source: PhotoSource) -> str:
+    """sha256 of the input bytes; of nothing for a file that cannot be read now."""
+    try:
+        return sha256_bytes(source.read_bytes())
+    except PhotoError:
+        return sha256_bytes(b"")
+
+
+def _write_index(store: Store, index: Index, settings: Settings, source: Path) -> None:
+    recorded = config.to_dict(settings)
+    store.write_index(dataclasses.replace(index, settings=recorded, source=str(source.absolute())))
+
+
+def _plans(store: Store, digests: Mapping[str, str], tools: Tools) -> list[UnitPlan]:
+    """The plan of every unit of the store."""
+    assert tools.models is not None
+    makers = made_by(tools.models, tools.scorer.fingerprint)
+    plans = []
+    for unit in range(store.index.num_units):
+        photos = tuple(
+            EMPTY_SLOT if name is None else PhotoRecord(name=name, sha256=digests[name])
+            for name in store.index.unit_names(unit)
+        )
+        plans.append(plan_unit(unit, photos, store.record(unit), tools.settings, makers))
+    return plans
+
+
+def _regenerate_plan(store: Store, unit: int, tools: Tools) -> UnitPlan:
+    record = store.record(unit)
+    if record is None or "embeddings" not in record.parts:
+        raise StoreError(
+            f"unit {unit} of {store.path} has no embeddings: run 'evenlight precompute' to "
+            "complete the store"
+        )
+    before = record.parts["embeddings"].fingerprint
+    wanted = part_fingerprint(
+        "pseudo_gt", source=[before, tools.scorer.fingerprint], settings=tools.settings
+    )
+    todo = () if record.holds("pseudo_gt", wanted) else ("pseudo_gt",)
+    return UnitPlan(
+        unit=unit,
+        photos=record.photos,
+        fingerprints={"pseudo_gt": wanted},
+        todo=todo,
+        reason="prompts or pseudo-GT settings changed" if todo else "complete",
+    )
+
+
+def _refuse_other_changes(store: Store, settings: Settings) -> None:
+    """Only precompute can follow a change of photos, regions or embeddings."""
+    if not store.index.num_units:
+        raise StoreError(f"{store.path} holds no photos: run 'evenlight precompute' first")
+    recorded = config.build(base=store.index.settings)
+    for part in ("photo", "regions", "embeddings"):
+        now = config.values_affecting(settings, part)
+        for key, value in config.values_affecting(recorded, part).items():
+            if now[key] != value:
+                raise StoreError(
+                    f"store {store.path} was made with {key} = {value!r}, settings ask for "
+                    f"{now[key]!r}: 'evenlight precompute' remakes what that touches"
+                )
+
+
+def _unit_sources(plan: UnitPlan, sources: Mapping[str, PhotoSource]) -> dict[str, PhotoSource]:
+    return {p.name: sources[p.name] for p in plan.photos if p.name is not None}
+
+
+def _num_photos(plans: Sequence[UnitPlan]) -> int:
+    return sum(photo.name is not None for plan in plans for photo in plan.photos)
+
+
+def _count(report: RunReport, plan: UnitPlan) -> None:
+    report.units_made += 1
+    report.photos_made += _num_photos([plan])
+    for part in plan.todo:
+        report.parts_made[part] = report.parts_made.get(part, 0) + 1
+
+
+def _collect(store: Store, report: RunReport) -> None:
+    """Count photos and list failures, of earlier runs too."""
+    for record in store.records():
+        for photo in record.photos:
+            report.photos += photo.name is not None
+            if photo.status == FAILED:
+                report.failed.append((str(photo.name), photo.reason))

@@ -1,0 +1,88 @@
+"""The prompts of a store: tuned ones where there are any, else the class words untuned."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from evenlight.cache.errors import StoreError
+from evenlight.cache.store import OURS, Store
+from evenlight.stages.corrector.checkpoint import load_tensors, save_tensors
+from evenlight.stages.priors.clip import Clip, load_clip
+from evenlight.stages.priors.prompts import Ladders, Scorer, tune, zero_shot
+from evenlight.stages.settings import Settings
+
+PROMPTS = "prompts.safetensors"
+EMBEDDINGS = (
+    "clip_photo", "clip_ladder", "rule_strength", "mean_luma", "clipped",
+)  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class TuneReport:
+    accepted: bool
+    figures: dict[str, Any]
+    prompts: str  # fingerprint of the prompts now in force
+
+
+def store_scorer(path: Path, clip: Clip | None) -> Scorer:
+    """The scorer of a store.  With clip given, prompts of another CLIP give way to untuned ones.
+
+    path: the store.  Raises StoreError where there are no prompts and no clip to make them with.
+    """
+    file = path / OURS / PROMPTS
+    if file.exists():
+        tensors, info = load_tensors(file)
+        if clip is None or info["clip"] == clip.fingerprint:
+            return Scorer.from_tensors(tensors)
+    if clip is None:
+        raise StoreError(f"store {path} has no prompts: run 'evenlight precompute' to make them")
+    scorer = zero_shot(clip)
+    _write(path, scorer, clip, tuned=False)
+    return scorer
+
+
+def tune_clip(store: Path, *, settings: Settings, clip: Clip | None = None) -> TuneReport:
+    """Tune the prompts of a store from its cached embeddings; no photo is read.
+
+    The new prompts are kept only if they pass their own held-out check, else those in force
+    stay.  `regenerate` then remakes scores and pseudo-GT with them.
+    """
+    clip = clip or load_clip(settings.clip, "cpu")
+    with Store.create_or_open(store) as target:
+        result = tune(clip, _ladders(target, settings), settings.prompts)
+        if result.accepted:
+            _write(target.path, result.scorer, clip, tuned=True)
+        now = store_scorer(target.path, clip)
+    return TuneReport(accepted=result.accepted, figures=result.report, prompts=now.fingerprint)
+
+
+def prompts_info(path: Path) -> dict[str, Any]:
+    """Which prompts a store holds: their fingerprint, whether tuned, for which CLIP."""
+    file = path / OURS / PROMPTS
+    if not file.exists():
+        return {"fingerprint": "", "tuned": False, "clip": ""}
+    tensors, info = load_tensors(file)
+    return {"fingerprint": Scorer.from_tensors(tensors).fingerprint, **info}
+
+
+def _write(path: Path, scorer: Scorer, clip: Clip, *, tuned: bool) -> None:
+    save_tensors(
+        path / OURS / PROMPTS, scorer.to_tensors(), {"clip": clip.fingerprint, "tuned": tuned}
+    )
+
+
+def _ladders(store: Store, settings: Settings) -> Ladders:
+    """Cached embeddings of every usable photo."""
+    slots = store.slots("embeddings")
+    if not slots:
+        raise StoreError(f"store {store.path} has no embeddings: run 'evenlight precompute'")
+    rows = {name: store.rows(name, slots) for name in EMBEDDINGS}
+    return Ladders(
+        photo_embeddings=rows["clip_photo"],
+        ladder_embeddings=rows["clip_ladder"],
+        ladder_strengths=rows["rule_strength"][:, None] + np.array(settings.ladder.offsets),
+        mean_luma=rows["mean_luma"],
+        clipped=rows["clipped"],
+    )

@@ -1,0 +1,64 @@
+"""Where units are made: in this process, in local processes, or on a Dask cluster.
+
+Only ids and small plans travel; a worker loads the models once and writes whole units itself.
+The scheduler runs pickled functions: use clusters on trusted networks only.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import TypeVar
+
+from evenlight.cache.errors import EvenlightError, StoreError
+
+Task = TypeVar("Task")
+TRIES = 3  # a task whose worker died is given to another this often
+
+
+def run(
+    here: Callable[[Task], Task],
+    in_worker: Callable[[Task], Task],
+    tasks: Sequence[Task],
+    *,
+    workers: int,
+    scheduler: str,
+) -> Iterator[Task]:
+    """Yield tasks as they are finished, in any order.
+
+    here: does a task in this process; in_worker: the same in another one (picklable).
+    workers: local processes; 1 without a scheduler means this process.
+    """
+    if workers <= 1 and not scheduler:
+        yield from map(here, tasks)
+    elif tasks:
+        yield from _on_dask(in_worker, tasks, workers, scheduler)
+
+
+def _on_dask(
+    work: Callable[[Task], Task], tasks: Sequence[Task], workers: int, scheduler: str
+) -> Iterator[Task]:
+    from distributed import Client, LocalCluster, as_completed
+
+    cluster = None
+    if not scheduler:
+        cluster = LocalCluster(
+            n_workers=min(workers, len(tasks)),
+            threads_per_worker=1,
+            host="127.0.0.1",
+            dashboard_address=None,
+            silence_logs="ERROR",
+        )
+    try:
+        with Client(cluster if cluster is not None else scheduler) as client:
+            futures = client.map(work, tasks, pure=False, retries=TRIES - 1)
+            for future in as_completed(futures):
+                try:
+                    yield future.result()
+                except EvenlightError:
+                    raise
+                except Exception as error:
+                    raise StoreError(
+                        f"a worker failed {TRIES} times ({error!r}): complete units are kept, "
+                        "run the same command again to go on"
+                    ) from error
+    finally:
+        if cluster is not None:
+            cluster.close()

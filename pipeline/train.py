@@ -1,0 +1,160 @@
+"""Stage 2 as a run: a complete store in, a trained corrector out."""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from evenlight.cache.errors import StoreError, UsageError
+from evenlight.cache.store import Store
+from evenlight.pipeline import config
+from evenlight.pipeline.models import Models, choose_device, load_models
+from evenlight.pipeline.plan import made_by, recorded_plans
+from evenlight.pipeline.precompute import Progress, silent
+from evenlight.pipeline.prompts import store_scorer
+from evenlight.stages.corrector.inputs import at_working_size
+from evenlight.stages.corrector.training import Frozen, TrainingData, TrainResult
+from evenlight.stages.corrector.training import train as run_training
+from evenlight.stages.pixels import resize, to_bytes, to_float
+from evenlight.stages.settings import Settings
+
+
+def train(
+    store: Path,
+    out: Path,
+    *,
+    settings: Settings,
+    models: Models | None = None,
+    resume: bool = True,
+    on_progress: Progress = silent,
+) -> TrainResult:
+    """Train a corrector from the cached tensors of a store; goes on where an earlier run stopped.
+
+    out: folder of the run (checkpoints, log, corrector).  Raises StoreError where the store is
+    incomplete or stale, or out holds a run with other settings.
+    """
+    device = choose_device(settings.run.device)
+    models = models or load_models(settings)
+    with Store.open(store) as source:
+        scorer = store_scorer(source.path, None)
+        refuse_stale(source, settings, models, scorer.fingerprint)
+        data = load_data(source, settings.train.size, device, on_progress)
+        digest = source.digest()
+    clip = models.clip
+
+    def logits(rgb_B3HW: Tensor) -> Tensor:
+        return scorer.logits(clip.embed(rgb_B3HW))
+
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "settings.toml").write_text(config.to_toml(settings), encoding="utf-8")
+    info = {
+        "settings": config.to_dict(settings),
+        "priors": priors_of(models, scorer.fingerprint),
+        "store": digest,
+        "photos": len(data.photo),
+    }
+    return run_training(
+        data,
+        Frozen(features=models.segmenter.features, logits=logits),
+        settings,
+        out,
+        p3_channels=models.segmenter.p3_channels,
+        info=info,
+        extra_tensors={f"scorer.{k}": v for k, v in scorer.to_tensors().items()},
+        resume=resume,
+        device=device,
+        on_progress=lambda step: on_progress("steps", step, settings.train.steps),
+    )
+
+
+def priors_of(models: Models, prompts: str) -> dict[str, str]:
+    """Fingerprints of the priors a corrector depends on."""
+    return {
+        "segmenter": models.segmenter.fingerprint,
+        "clip": models.clip.fingerprint,
+        "prompts": prompts,
+    }
+
+
+def refuse_stale(store: Store, settings: Settings, models: Models, prompts: str) -> None:
+    """Raise StoreError unless every unit is complete and made with these settings and models."""
+    if not store.index.num_units:
+        raise StoreError(f"store {store.path} holds no photos: run 'evenlight precompute' first")
+    for plan in recorded_plans(store, settings, made_by(models, prompts)):
+        if plan.todo:
+            cure = "regenerate" if plan.todo == ("pseudo_gt",) else "precompute"
+            raise StoreError(
+                f"unit {plan.unit} of store {store.path} is stale ({plan.reason}): run "
+                f"'evenlight {cure} -s {store.path}' first, or restore the settings"
+            )
+
+
+def load_data(store: Store, size: int, device: str, on_progress: Progress = silent) -> TrainingData:
+    """Every usable photo and its priors at the working size, on the device where they fit.
+
+    size: side of the square canvas, pixels.  Uses 56 bytes per pixel or less; where the device
+    lacks the room they stay in host memory and each batch is copied.
+    """
+    slots = np.array(store.slots("pseudo_gt"))
+    if not len(slots):
+        raise UsageError(f"store {store.path} holds no usable photo")
+    tensors = _empty(len(slots), size, store.rows("p3", slots[:1]).shape[1])
+    unit_size = store.index.unit_size
+    names = ("photo", "extent", "proto", "p3", "regions", "pseudo_gt", "confidence", "strength")
+    done = 0
+    for unit in np.unique(slots // unit_size):
+        rows = store.read(int(unit), names)
+        for row in slots[slots // unit_size == unit] % unit_size:
+            _fill(tensors, done, {name: rows[name][row] for name in names}, size)
+            done += 1
+        on_progress("photos loaded", done, len(slots))
+    data = TrainingData(**tensors)
+    return data.to(device) if _fits(tensors, device) else data
+
+
+def _empty(count: int, size: int, p3_channels: int) -> dict[str, Tensor]:
+    quarter, eighth = size // 4, size // 8
+    return {
+        "photo": torch.zeros(count, 3, size, size, dtype=torch.uint8),
+        "extent": torch.zeros(count, 2, dtype=torch.int64),
+        "proto": torch.zeros(count, 32, quarter, quarter, dtype=torch.float16),
+        "p3": torch.zeros(count, p3_channels, eighth, eighth, dtype=torch.float16),
+        "regions": torch.zeros(count, size, size, dtype=torch.uint8),
+        "pseudo_gt": torch.zeros(count, 3, size, size, dtype=torch.uint8),
+        "confidence": torch.zeros(count, quarter, quarter, dtype=torch.float16),
+        "well_exposed": torch.zeros(count, dtype=torch.bool),
+    }
+
+
+def _fill(tensors: dict[str, Tensor], place: int, row: dict[str, np.ndarray], size: int) -> None:
+    """Bring one photo's cached arrays to the working size and put them in their place."""
+    height, width = (int(side) for side in row["extent"])
+    full, quarter, eighth = ((slice(0, height // n), slice(0, width // n)) for n in (1, 4, 8))
+    maps = at_working_size(
+        row["photo"][full],
+        torch.from_numpy(row["proto"][:, *quarter])[None].float(),
+        torch.from_numpy(row["p3"][:, *eighth])[None].float(),
+        size,
+    )
+    photo, proto, p3 = maps
+    h, w = photo.shape[2:]
+    target = resize(to_float(row["pseudo_gt"][full]), h, w)
+    labels = torch.from_numpy(row["regions"][full])[None, None].float()
+    confidence = torch.from_numpy(row["confidence"][quarter])[None, None].float()
+    tensors["photo"][place, :, :h, :w] = (photo[0] * 255).round().byte()
+    tensors["extent"][place] = torch.tensor([h, w])
+    tensors["proto"][place, :, : h // 4, : w // 4] = proto[0].half()
+    tensors["p3"][place, :, : h // 8, : w // 8] = p3[0].half()
+    tensors["regions"][place, :h, :w] = resize(labels, h, w, "nearest")[0, 0].byte()
+    tensors["pseudo_gt"][place, :, :h, :w] = to_bytes(target).permute(2, 0, 1)
+    tensors["confidence"][place, : h // 4, : w // 4] = resize(confidence, h // 4, w // 4)[0, 0]
+    tensors["well_exposed"][place] = bool(row["strength"] == 0)
+
+
+def _fits(tensors: dict[str, Tensor], device: str) -> bool:
+    """Whether the tensors take at most 60 % of the device's free memory."""
+    if device == "cpu":
+        return True
+    free, _ = torch.cuda.mem_get_info(device)
+    return sum(tensor.nbytes for tensor in tensors.values()) < 0.6 * free

@@ -1,0 +1,59 @@
+"""What the corrector sees of a photo, the same in training and when correcting.
+
+FastSAM features come from the photo after the mean-luma rule, since dark photos give poor
+masks (method.md 3.1); photo and features are then brought to the working size together.
+"""
+
+# B batch, H W pixels, h w feature cells
+
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from evenlight.stages.images import Extent
+from evenlight.stages.pixels import resize, to_bytes, to_float
+from evenlight.stages.priors import tone
+
+RULE_FAMILY = "film"
+
+
+class FeatureTaps(Protocol):
+    """FastSAM: RGB float B,3,H,W in [0, 1], sides multiples of 32 -> proto at /4, P3 at /8."""
+
+    def features(self, rgb_B3HW: Tensor) -> tuple[Tensor, Tensor]: ...
+
+
+def rule_corrected(photo_HW3: np.ndarray) -> np.ndarray:
+    """The photo re-exposed to mean luma 119/255 by the film curve.  uint8 H,W,3 in and out."""
+    rgb = to_float(photo_HW3)
+    strength = tone.rule_strength(resize(rgb, 64, 64), RULE_FAMILY)
+    return to_bytes(tone.apply(RULE_FAMILY, rgb, strength.view(1, 1, 1, 1))).numpy()
+
+
+def prior_features(photo_HW3: np.ndarray, taps: FeatureTaps) -> tuple[Tensor, Tensor]:
+    """proto 1,32,H/4,W/4 and P3 1,C,H/8,W/8 of a photo; H and W multiples of 8, uint8."""
+    height, width = photo_HW3.shape[:2]
+    rgb = to_float(rule_corrected(photo_HW3))
+    padded = F.pad(rgb, (0, -width % 32, 0, -height % 32), mode="replicate")
+    with torch.no_grad():
+        proto, p3 = taps.features(padded)
+    # float16 as in the store, so that cached and fresh features give the same correction
+    proto, p3 = proto.half().float(), p3.half().float()
+    return proto[..., : height // 4, : width // 4], p3[..., : height // 8, : width // 8]
+
+
+def at_working_size(
+    photo_HW3: np.ndarray, proto_1chw: Tensor, p3_1chw: Tensor, size: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Photo (float 1,3,H,W in [0, 1], rounded to 8 bits), proto and P3 at the working size."""
+    extent = Extent.of(photo_HW3.shape[0], photo_HW3.shape[1], size)
+    height, width = extent.height, extent.width
+    photo = (resize(to_float(photo_HW3), height, width).clamp(0, 1) * 255).round() / 255
+    return (
+        photo,
+        resize(proto_1chw, height // 4, width // 4),
+        resize(p3_1chw, height // 8, width // 8),
+    )
