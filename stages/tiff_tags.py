@@ -7,6 +7,7 @@ place keeps every other byte where it is: makers' notes hold offsets that rewrit
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Literal
 
 from evenlight.cache.errors import PhotoError
 
@@ -32,7 +33,7 @@ class Ifd:
 
     data: bytes
     at: int
-    order: str
+    order: Literal["<", ">"]
     entries: dict[int, Entry]
     next_at: int  # offset of the field that points to the next directory
     page: int  # 0 for the photo (and its sub-directories), 1 for the next page or thumbnail, ...
@@ -66,10 +67,7 @@ def read_ifds(data: bytes) -> list[Ifd]:
 
     Raises PhotoError when a directory or the value of any tag lies past the end of the data.
     """
-    order = "<" if data[:2] == b"II" else ">"
-    (magic,) = struct.unpack_from(order + "H", data, 2)
-    big = magic == 43
-    (first,) = struct.unpack_from(order + ("Q" if big else "I"), data, 8 if big else 4)
+    order, big, first = _header(data)
     found: list[Ifd] = []
     seen: set[int] = set()
     waiting = [(first, 0, True)]
@@ -87,12 +85,41 @@ def read_ifds(data: bytes) -> list[Ifd]:
     return found
 
 
+def first_ifd(data: bytes) -> Ifd:
+    """The photo's own directory alone; what it points to need not be there."""
+    order, big, first = _header(data)
+    return _read_ifd(data, order, big, first, 0)
+
+
+def relocated(block: bytes, base: int) -> bytes:
+    """An EXIF block (classic TIFF) with every offset raised by base, to stand at byte base of a
+    larger file of the same byte order."""
+    moved = bytearray(block)
+    for ifd in read_ifds(block):
+        for tag, entry in ifd.entries.items():
+            if entry.at != entry.where + 8:  # the value stands elsewhere
+                struct.pack_into(ifd.order + "I", moved, entry.where + 8, entry.at + base)
+            if tag in SUB_IFDS:
+                offsets = [offset + base for offset in ifd.numbers(tag)]
+                struct.pack_into(f"{ifd.order}{len(offsets)}I", moved, entry.at, *offsets)
+    return bytes(moved)
+
+
+def _header(data: bytes) -> tuple[Literal["<", ">"], bool, int]:
+    """Byte order, whether it is BigTIFF, offset of the first directory."""
+    order: Literal["<", ">"] = "<" if data[:2] == b"II" else ">"
+    (magic,) = struct.unpack_from(order + "H", data, 2)
+    big = magic == 43
+    (first,) = struct.unpack_from(order + ("Q" if big else "I"), data, 8 if big else 4)
+    return order, big, first
+
+
 def _sub_offsets(ifd: Ifd) -> Iterator[int]:
     for tag in SUB_IFDS:
         yield from ifd.numbers(tag)
 
 
-def _read_ifd(data: bytes, order: str, big: bool, offset: int, page: int) -> Ifd:
+def _read_ifd(data: bytes, order: Literal["<", ">"], big: bool, offset: int, page: int) -> Ifd:
     past_end = PhotoError("a tag directory lies past the end of the file: it is truncated")
     head, step, inline = ("Q", 20, 8) if big else ("H", 12, 4)
     if offset + struct.calcsize("=" + head) > len(data):

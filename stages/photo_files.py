@@ -1,0 +1,187 @@
+"""Photos out: in their own format and bit depth, with their metadata, whole or not at all."""
+
+import io
+import struct
+import zlib
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import tifffile
+from PIL import Image
+
+from evenlight.cache.files import atomic_write
+from evenlight.stages.images import Photo
+from evenlight.stages.photo_headers import PNG_SIGNATURE
+from evenlight.stages.tiff_tags import first_ifd, relocated
+
+_XMP = 700  # TIFF tag
+
+
+def encode(photo: Photo, path: Path, quality: int = 95) -> None:
+    """Write a photo to path in the format it was read in (an array: PNG), whole or not at all.
+
+    Bit depth, alpha, ICC profile, EXIF (orientation 1, no thumbnail), XMP and dpi are kept where
+    the format has a place for them. A photo stored gray stays so while its pixels are gray.
+    quality: for JPEGs whose own tables and subsampling are not known, and lossy WebP.
+    Raises OSError when it cannot be written.
+    """
+    atomic_write(path, encoded(photo, quality))
+
+
+def encoded(photo: Photo, quality: int = 95) -> bytes:
+    """The file that encode writes."""
+    assert photo.pixels.dtype == (np.uint16 if photo.bit_depth == 16 else np.uint8)
+    writers = {"jpeg": _jpeg, "png": _png, "array": _png, "tiff": _tiff, "webp": _webp}
+    return writers[photo.format](photo, _samples(photo), quality)
+
+
+def jpeg_bytes(rgb: np.ndarray, quality: int = 95) -> bytes:
+    """A bare JPEG, 4:4:4.  rgb: HxWx3 uint8, sRGB-encoded."""
+    return encoded(Photo(pixels=rgb, bit_depth=8, format="jpeg"), quality)
+
+
+def _samples(photo: Photo) -> np.ndarray:
+    """HxWxC: 1 gray, 2 gray and alpha, 3 RGB, 4 RGBA."""
+    samples = photo.pixels
+    if photo.gray and (samples == samples[..., :1]).all():
+        samples = samples[..., :1]
+    if photo.alpha is not None:
+        samples = np.concatenate([samples, photo.alpha[..., None]], axis=2)
+    return samples
+
+
+def _icc(photo: Photo, samples: np.ndarray) -> bytes | None:
+    """The profile, unless it is for gray and the pixels are coloured."""
+    icc = photo.metadata.icc
+    if icc is not None and icc[16:20] == b"GRAY" and samples.shape[2] >= 3:
+        return None
+    return icc
+
+
+def _image(samples: np.ndarray) -> Image.Image:
+    return Image.fromarray(samples[..., 0] if samples.shape[2] == 1 else samples)
+
+
+def _saved(image: Image.Image, format: str, **options: Any) -> bytes:
+    stream = io.BytesIO()
+    image.save(stream, format, **{key: value for key, value in options.items() if value})
+    return stream.getvalue()
+
+
+def _jpeg(photo: Photo, samples: np.ndarray, quality: int) -> bytes:
+    assert photo.alpha is None, "JPEG has no alpha"
+    tables = photo.encoding.jpeg_tables
+    image = _image(samples)
+    how: dict[str, Any] = {"quality": quality, "subsampling": "4:4:4"}
+    if tables is not None and (len(tables) > 1 or image.mode == "L"):
+        how = {
+            "qtables": [tables[key] for key in sorted(tables)][: 1 if image.mode == "L" else None],
+            "subsampling": ("4:4:4", "4:2:2", "4:2:0")[photo.encoding.jpeg_subsampling],
+        }
+    metadata = photo.metadata
+    dpi = metadata.dpi and (round(metadata.dpi[0]), round(metadata.dpi[1]))
+    exif = metadata.exif and b"Exif\0\0" + metadata.exif
+    icc = _icc(photo, samples)
+    return _saved(image, "JPEG", exif=exif, icc_profile=icc, xmp=metadata.xmp, dpi=dpi, **how)
+
+
+def _webp(photo: Photo, samples: np.ndarray, quality: int) -> bytes:
+    if samples.shape[2] <= 2:  # WebP has no gray
+        colours = samples[..., :1].repeat(3, axis=2)
+        samples = np.concatenate([colours, samples[..., 1:]], axis=2)
+    return _saved(
+        _image(samples),
+        "WEBP",
+        lossless=photo.encoding.lossless,
+        quality=quality,
+        exact=True,  # colours under alpha 0 too
+        exif=photo.metadata.exif,
+        icc_profile=_icc(photo, samples),
+        xmp=photo.metadata.xmp,
+    )
+
+
+def _png(photo: Photo, samples: np.ndarray, quality: int) -> bytes:
+    """Pixels from a library, metadata inserted after the header: OpenCV keeps no text or density,
+    Pillow no 16-bit colour."""
+    plain = _saved(_image(samples), "PNG") if photo.bit_depth == 8 else _png_16_bit(samples)
+    at = len(PNG_SIGNATURE) + 25  # past IHDR
+    inserted = b"".join(_png_chunk(kind, data) for kind, data in _png_metadata(photo, samples))
+    return plain[:at] + inserted + plain[at:]
+
+
+def _png_16_bit(samples: np.ndarray) -> bytes:
+    if samples.shape[2] == 2:  # OpenCV has no gray with alpha
+        samples = samples[..., [0, 0, 0, 1]]
+    elif samples.shape[2] == 1:
+        samples = samples[..., 0]
+    if samples.ndim == 3:
+        samples = samples[..., [2, 1, 0, 3][: samples.shape[2]]]  # OpenCV keeps BGR
+    done, buffer = cv2.imencode(".png", np.ascontiguousarray(samples))
+    if not done:
+        raise OSError("OpenCV could not encode the photo as PNG")
+    return buffer.tobytes()
+
+
+def _png_metadata(photo: Photo, samples: np.ndarray) -> list[tuple[bytes, bytes]]:
+    metadata, icc = photo.metadata, _icc(photo, samples)
+    chunks = []
+    if icc is not None:
+        chunks.append((b"iCCP", b"ICC profile\0\0" + zlib.compress(icc)))
+    if metadata.exif is not None:
+        chunks.append((b"eXIf", metadata.exif))
+    if metadata.xmp is not None:
+        chunks.append((b"iTXt", b"XML:com.adobe.xmp\0\0\0\0\0" + metadata.xmp))
+    if metadata.dpi is not None:
+        x, y = (round(dots / 0.0254) for dots in metadata.dpi)  # per inch to per metre
+        chunks.append((b"pHYs", struct.pack(">IIB", x, y, 1)))
+    return chunks + list(metadata.png)
+
+
+def _png_chunk(kind: bytes, data: bytes) -> bytes:
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+
+def _tiff(photo: Photo, samples: np.ndarray, quality: int) -> bytes:
+    """Deflate with horizontal differences; what EXIF says follows the pixels."""
+    metadata, channels = photo.metadata, samples.shape[2]
+    xmp = metadata.xmp
+    stream = io.BytesIO()
+    tifffile.imwrite(
+        stream,
+        samples[..., 0] if channels == 1 else samples,
+        photometric="rgb" if channels >= 3 else "minisblack",
+        planarconfig="contig" if channels > 1 else None,
+        extrasamples=["unassalpha"] if channels in (2, 4) else None,
+        byteorder=first_ifd(metadata.exif).order if metadata.exif else "<",
+        compression="zlib",
+        predictor=True,
+        resolution=metadata.dpi,
+        resolutionunit="INCH" if metadata.dpi else None,
+        iccprofile=_icc(photo, samples),
+        software=False,
+        metadata=None,
+        extratags=[(_XMP, 1, len(xmp), xmp, True)] if xmp else [],
+    )
+    tiff = stream.getvalue()
+    return _with_exif(tiff, metadata.exif) if metadata.exif else tiff
+
+
+def _with_exif(tiff: bytes, exif: bytes) -> bytes:
+    """A TIFF with the tags of an EXIF block (of the same byte order) it does not have itself.
+
+    tifffile writes no Exif directory, so the block follows the image data, and behind it stands
+    a first directory that leads to both.
+    """
+    base = len(tiff) + len(tiff) % 2  # directories begin on even bytes
+    block = relocated(exif, base)
+    block += bytes(len(block) % 2)
+    own, added = first_ifd(tiff), first_ifd(exif)
+    records = {tag: block[at.where : at.where + 12] for tag, at in added.entries.items()}
+    records |= {tag: tiff[at.where : at.where + 12] for tag, at in own.entries.items()}
+    directory = struct.pack(own.order + "H", len(records))
+    directory += b"".join(records[tag] for tag in sorted(records)) + bytes(4)
+    first = struct.pack(own.order + "I", base + len(block))
+    return tiff[:4] + first + tiff[8:].ljust(base - 8, b"\0") + block + directory
