@@ -12,7 +12,6 @@ import re
 import secrets
 import socket
 import time
-import weakref
 from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
@@ -216,7 +215,7 @@ def read_token(path: Path) -> str:
         return ""
 
 
-_held: weakref.WeakSet[Lock] = weakref.WeakSet()
+_held: set[Lock] = set()
 
 
 def _forget_locks_in_child() -> None:
