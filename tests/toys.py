@@ -1,0 +1,71 @@
+"""Toy models: fast, deterministic stand-ins that count the photos that pass through them."""
+
+import hashlib
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from evenlight.stages.pixels import luma, to_float
+from evenlight.stages.priors.fastsam import Regions
+
+
+class ToySegmenter:
+    """Regions by four luma levels; features are the photo itself, pooled."""
+
+    p3_channels = 4
+
+    def __init__(self, seed: int = 0) -> None:
+        self.fingerprint = hashlib.sha256(f"segmenter {seed}".encode()).hexdigest()
+        self.photos = 0
+
+    def features(self, rgb_B3HW: Tensor) -> tuple[Tensor, Tensor]:
+        proto = F.avg_pool2d(rgb_B3HW, 4).repeat(1, 11, 1, 1)[:, :32]
+        return proto, F.avg_pool2d(rgb_B3HW, 8).repeat(1, 2, 1, 1)[:, :4]
+
+    def segment(self, photo_HW3: np.ndarray) -> Regions:
+        self.photos += 1
+        rgb = to_float(photo_HW3)
+        levels = (luma(F.avg_pool2d(rgb, 8)) * 3.99).long().add(1).float()
+        labels = F.interpolate(levels, scale_factor=8)[0, 0].byte().numpy()
+        proto, p3 = self.features(rgb)
+        return Regions(
+            labels=labels, proto=proto[0].half().numpy(), p3=p3[0].half().numpy()
+        )
+
+
+class ToyClip:
+    """Judges by mean luma: the text vectors point to dark, middle and bright."""
+
+    dim = 3
+    logit_scale = 10.0
+
+    def __init__(self, seed: int = 0) -> None:
+        self.fingerprint = hashlib.sha256(f"clip {seed}".encode()).hexdigest()
+        self.photos = 0
+
+    def embed(self, rgb_B3HW: Tensor) -> Tensor:
+        self.photos += len(rgb_B3HW)
+        angle = luma(rgb_B3HW).mean((1, 2, 3)) * torch.pi
+        flat = torch.full_like(angle, 0.1)
+        return F.normalize(torch.stack([angle.cos(), angle.sin(), flat], 1), dim=1)
+
+    def embed_text(self, texts: list[str]) -> Tensor:
+        angles = [0.0 if "under" in t else torch.pi if "over" in t else torch.pi / 2 for t in texts]
+        angle = torch.tensor(angles)
+        return F.normalize(torch.stack([angle.cos(), angle.sin(), 0 * angle], 1), dim=1)
+
+
+def write_photos(folder, count: int, *, size: int = 64, seed: int = 0) -> None:
+    """Small PNG photos of random smooth content at random exposures."""
+    from PIL import Image
+
+    rng = np.random.default_rng(seed)
+    folder.mkdir(parents=True, exist_ok=True)
+    for number in range(count):
+        coarse = torch.from_numpy(rng.random((1, 3, 6, 6), dtype=np.float32))
+        smooth = F.interpolate(coarse, (size, size * 3 // 4), mode="bicubic").clamp(0, 1)
+        exposed = smooth ** float(rng.uniform(0.4, 2.5))
+        pixels = (exposed[0].permute(1, 2, 0) * 255).byte().numpy()
+        Image.fromarray(pixels).save(folder / f"photo_{number:03}.png")
