@@ -15,7 +15,13 @@ import numpy as np
 from PIL import Image, ImageCms, JpegImagePlugin
 
 from evenlight.cache.errors import PhotoError
-from evenlight.stages.photo_headers import Header, read_header, refuse_damage, refuse_size
+from evenlight.stages.photo_headers import (
+    Header,
+    png_pixels_only,
+    read_header,
+    refuse_damage,
+    refuse_size,
+)
 from evenlight.stages.photo_metadata import ORIENTATION, Metadata, read_metadata
 from evenlight.stages.photo_samples import png_samples, tiff_samples
 from evenlight.stages.photo_sources import (
@@ -103,6 +109,8 @@ def _decode_pixels(data: bytes, header: Header, metadata: Metadata) -> Photo:
         return _from_samples(samples.reshape(*samples.shape[:2], -1), header, metadata)
     if header.format == "tiff":
         data = _without_orientation(data, header)
+    if header.format == "png":
+        data = png_pixels_only(data)
     if header.bits < 16:
         return _decode_8_bit(data, header, metadata)
     if header.format == "png":

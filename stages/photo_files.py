@@ -13,7 +13,7 @@ from PIL import Image
 
 from evenlight.cache.files import atomic_write
 from evenlight.stages.images import Photo
-from evenlight.stages.photo_headers import PNG_SIGNATURE
+from evenlight.stages.photo_headers import PNG_SIGNATURE, png_chunk
 from evenlight.stages.tiff_tags import first_ifd, relocated
 
 _XMP = 700  # TIFF tag
@@ -108,7 +108,7 @@ def _png(photo: Photo, samples: np.ndarray, quality: int) -> bytes:
     Pillow no 16-bit colour."""
     plain = _saved(_image(samples), "PNG") if photo.bit_depth == 8 else _png_16_bit(samples)
     at = len(PNG_SIGNATURE) + 25  # past IHDR
-    inserted = b"".join(_png_chunk(kind, data) for kind, data in _png_metadata(photo, samples))
+    inserted = b"".join(png_chunk(kind, data) for kind, data in _png_metadata(photo, samples))
     return plain[:at] + inserted + plain[at:]
 
 
@@ -138,10 +138,6 @@ def _png_metadata(photo: Photo, samples: np.ndarray) -> list[tuple[bytes, bytes]
         x, y = (round(dots / 0.0254) for dots in metadata.dpi)  # per inch to per metre
         chunks.append((b"pHYs", struct.pack(">IIB", x, y, 1)))
     return chunks + list(metadata.png)
-
-
-def _png_chunk(kind: bytes, data: bytes) -> bytes:
-    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
 
 def _tiff(photo: Photo, samples: np.ndarray, quality: int) -> bytes:

@@ -7,6 +7,7 @@ PNGs. tifffile without imagecodecs refuses LZW.
 
 import io
 import struct
+import zlib
 
 import cv2
 import numpy as np
@@ -14,8 +15,9 @@ import tifffile
 
 from evenlight.cache.errors import PhotoError
 from evenlight.stages.photo_headers import Header, png_chunks
+from evenlight.stages.tiff_tags import Ifd
 
-_LZW = 5
+_PLAIN, _PACKBITS, _DEFLATE = 1, 32773, (8, 32946)  # TIFF compressions
 # OpenCV prints what the PhotoError already says.
 cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)
 
@@ -42,19 +44,7 @@ def tiff_samples(data: bytes, header: Header) -> tuple[np.ndarray, tuple[str, ..
     photometric = first.number(262)
     if photometric not in (0, 1, 2):
         raise PhotoError(f"a 16-bit TIFF of photometric {photometric}; only gray and RGB are read")
-    planar = (first.numbers(284) or (1,))[0] == 2
-    if first.numbers(259) == (_LZW,):
-        samples = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)
-        # OpenCV reads separate planes, and gray with alpha, wrongly and without a word.
-        if samples is None or samples.dtype != np.uint16 or planar:
-            raise PhotoError("its LZW data is damaged, or laid out in a way that is not read")
-        if samples.ndim == 3:
-            samples = samples[..., [2, 1, 0, 3][: samples.shape[2]]]
-    else:
-        with tifffile.TiffFile(io.BytesIO(data)) as tiff:
-            samples = tiff.pages[0].asarray()
-        if planar and samples.ndim == 3:
-            samples = np.moveaxis(samples, 0, 2)
+    samples = _read_tiff(data, header)
     samples = samples.astype(np.uint16, copy=False).reshape(header.height, header.width, -1)
     if photometric == 0:
         samples = 65535 - samples  # white is zero
@@ -67,6 +57,43 @@ def tiff_samples(data: bytes, header: Header) -> tuple[np.ndarray, tuple[str, ..
     if samples.shape[2] > colours and extra[0] == 1:
         samples = _unmultiplied(samples)
     return samples, notes
+
+
+def _read_tiff(data: bytes, header: Header) -> np.ndarray:
+    """Samples as stored.  OpenCV where it is right and a compression could swell in memory (its
+    libtiff stops at the end of a strip), tifffile elsewhere."""
+    first = header.ifds[0]
+    compression = (first.numbers(259) or (_PLAIN,))[0]
+    channels = (first.numbers(277) or (1,))[0]
+    planar = (first.numbers(284) or (1,))[0] == 2 and channels > 1
+    if compression not in (_PLAIN, _PACKBITS) and not planar and channels in (1, 3, 4):
+        samples = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)
+        if samples is None or samples.dtype != np.uint16:
+            raise PhotoError("the TIFF decoder gave up: its image data is damaged or incomplete")
+        return samples if samples.ndim == 2 else samples[..., [2, 1, 0, 3][: samples.shape[2]]]
+    if compression in _DEFLATE:
+        _refuse_swelling(data, first, 2 * header.width * header.height * channels)
+    elif compression not in (_PLAIN, _PACKBITS):
+        raise PhotoError(
+            f"a 16-bit TIFF of compression {compression} with {channels} channels"
+            f"{' in separate planes' * planar} cannot be read: save it uncompressed"
+        )
+    with tifffile.TiffFile(io.BytesIO(data)) as tiff:
+        samples = tiff.pages[0].asarray()
+    return np.moveaxis(samples, 0, 2) if planar else samples
+
+
+def _refuse_swelling(data: bytes, ifd: Ifd, limit: int) -> None:
+    """Raise PhotoError when a deflated strip is damaged or inflates past limit bytes, without
+    inflating it further: tifffile would."""
+    strips = zip(
+        ifd.numbers(273) or ifd.numbers(324), ifd.numbers(279) or ifd.numbers(325), strict=True
+    )
+    for offset, count in strips:
+        inflater = zlib.decompressobj()
+        inflater.decompress(data[offset : offset + count], limit + 1_000_000)  # tiles overhang
+        if not inflater.eof:
+            raise PhotoError("its compressed data is damaged, or larger than its header says")
 
 
 def _unmultiplied(samples: np.ndarray) -> np.ndarray:

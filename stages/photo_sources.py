@@ -36,10 +36,11 @@ class PhotoSource:
         """The whole file, or for HDF5 the array in NumPy's .npy format (so that a digest covers
         shape and type too).  Raises PhotoError; never waits on a pipe or a device."""
         if self.dataset is not None:
-            from evenlight.cache import hdf5  # h5py only where a source is HDF5
+            from evenlight.cache.hdf5 import read_image  # h5py only where a source is HDF5
 
+            image = read_image(self.path, self.dataset)
             stream = io.BytesIO()
-            np.save(stream, hdf5.read_image(self.path, self.dataset), allow_pickle=False)
+            np.save(stream, image.astype(image.dtype.newbyteorder("=")), allow_pickle=False)
             return stream.getvalue()
         try:
             # O_NONBLOCK: opening a pipe that took the file's place must not wait for a writer.
@@ -92,7 +93,7 @@ def find_photos(source: Path) -> Found:
 
 
 def _list_hdf5(source: Path) -> list[PhotoSource]:
-    from evenlight.cache import hdf5  # h5py only where a source is HDF5
+    from evenlight.cache.hdf5 import list_images  # h5py only where a source is HDF5
 
     def output_name(dataset: str) -> str:
         parts = [part for part in dataset.split("/") if part not in ("", ".", "..")]
@@ -100,7 +101,7 @@ def _list_hdf5(source: Path) -> list[PhotoSource]:
 
     return [
         PhotoSource(_printable(name), source, output_name(name), name)
-        for name in hdf5.list_images(source)
+        for name in list_images(source)
     ]
 
 

@@ -14,6 +14,7 @@ from evenlight.cache.errors import PhotoError
 SUB_IFDS = (330, 34665, 34853, 40965)  # SubIFDs, Exif, GPS, Interoperability
 _MAX_IFDS = 1000  # pages and sub-directories; more is a loop or an attack
 _MAX_ENTRIES = 1024  # of one directory; real ones have under 200
+_MAX_CHANNELS = 16
 _SIZES = {1: 1, 2: 1, 3: 2, 4: 4, 5: 8, 6: 1, 7: 1, 8: 2, 9: 4, 10: 8, 11: 4, 12: 8}
 _SIZES |= {13: 4, 16: 8, 17: 8, 18: 8}
 _CODES = {1: "B", 3: "H", 4: "I", 13: "I", 16: "Q", 18: "Q"}
@@ -103,6 +104,41 @@ def relocated(block: bytes, base: int) -> bytes:
                 offsets = [offset + base for offset in ifd.numbers(tag)]
                 struct.pack_into(f"{ifd.order}{len(offsets)}I", moved, entry.at, *offsets)
     return bytes(moved)
+
+
+def refuse_missing_strips(ifds: tuple[Ifd, ...]) -> None:
+    """Raise PhotoError when image data of any directory of a TIFF lies past its end, or strips or
+    tiles of the first are missing."""
+    for ifd in ifds:
+        for offsets_tag, counts_tag in ((273, 279), (324, 325)):
+            offsets, counts = ifd.numbers(offsets_tag), ifd.numbers(counts_tag)
+            for offset, count in zip(offsets, counts, strict=False):
+                if offset + count > len(ifd.data):
+                    raise PhotoError("image data lies past the end of the TIFF: it is truncated")
+    _check_strips(ifds[0])
+
+
+def _check_strips(ifd: Ifd) -> None:
+    """Every strip or tile is there: decoders fill the gaps of missing ones with black."""
+    width, height = ifd.number(256), ifd.number(257)
+    channels = (ifd.numbers(277) or (1,))[0]
+    if channels > _MAX_CHANNELS:
+        raise PhotoError(f"a TIFF of {channels} channels; at most {_MAX_CHANNELS} are read")
+    if ifd.numbers(324):
+        tile_width, tile_height = max(ifd.number(322), 1), max(ifd.number(323), 1)
+        expected = -(-width // tile_width) * -(-height // tile_height)
+        counts = ifd.numbers(325)
+    else:
+        expected = -(-height // max((ifd.numbers(278) or (height,))[0], 1))
+        counts = ifd.numbers(279)
+    if (ifd.numbers(284) or (1,))[0] == 2:
+        expected *= channels
+    if len(counts) < expected or 0 in counts:
+        raise PhotoError(f"{len(counts)} of {expected} strips or tiles are there: it is damaged")
+    plain = (ifd.numbers(259) or (1,))[0] == 1
+    stored = width * height * channels * (ifd.numbers(258) or (1,))[0] // 8
+    if plain and sum(counts) < stored:
+        raise PhotoError(f"{sum(counts)} bytes of image data, {stored} expected: it is truncated")
 
 
 def _header(data: bytes) -> tuple[Literal["<", ">"], bool, int]:
