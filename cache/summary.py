@@ -1,7 +1,7 @@
 """What a store holds, counted from its index and records."""
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from evenlight.cache.schema import EMPTY, FAILED, OK, PARTS, SCHEMA, Index, UnitRecord, fingerprint
@@ -74,7 +74,8 @@ def content_digest(index: Index, records: Iterable[UnitRecord]) -> str:
         }
         for record in records
     ]
-    return fingerprint(schema=SCHEMA, unit_size=index.unit_size, names=index.names, units=units)
+    names = _without_holes_at_end(index.names)
+    return fingerprint(schema=SCHEMA, unit_size=index.unit_size, names=names, units=units)
 
 
 def recovered_index(records: Iterable[UnitRecord], unit_size: int) -> Index:
@@ -91,4 +92,9 @@ def recovered_index(records: Iterable[UnitRecord], unit_size: int) -> Index:
         for row, photo in enumerate(record.photos):
             if photo.status != EMPTY and photo.name not in seen:
                 names[start + row] = photo.name
-    return Index(names=tuple(names), unit_size=unit_size)
+    return Index(names=_without_holes_at_end(names), unit_size=unit_size)
+
+
+def _without_holes_at_end(names: Sequence[str | None]) -> tuple[str | None, ...]:
+    last = max((slot for slot, name in enumerate(names) if name is not None), default=-1)
+    return tuple(names[: last + 1])
