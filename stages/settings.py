@@ -149,11 +149,18 @@ class LossSettings:
     consistency: float = setting(0.1, "training")
     faithful: bool = setting(False, "training")  # plain MSE data term (the paper's)
 
+    def __post_init__(self) -> None:
+        require(self.data > 0, f"losses.data must be above 0, got {self.data}")
+        for name in ("colour", "semantic", "prompt", "identity", "consistency"):
+            share = getattr(self, name)
+            require(share >= 0, f"losses.{name} must be 0 (off) or more, got {share}")
+
 
 @dataclass(frozen=True, kw_only=True)
 class TrainSettings:
     steps: int = setting(1500, "training")
-    batch: int = setting(8, "training")
+    batch: int = setting(8, "training")  # photos; half as many scenes, twice, if consistency is on
+    reexpose: float = setting(0.8, "training")  # half of a batch is re-exposed by up to this |t|
     size: int = setting(256, "training")  # working size: long side, pixels, a multiple of 32
     crop: int = setting(192, "training")  # crop side, pixels, a multiple of 32
     learning_rate: float = setting(5e-4, "training")
@@ -167,8 +174,32 @@ class TrainSettings:
     save_every: int = setting(100, "training")
     log_every: int = setting(10, "training")
     spc_every: int = setting(2, "training")  # semantic-prompt consistency on every n-th step
+    spc_photos: int = setting(4, "training")  # photos of the batch that it sees
     amp: bool = setting(True, "training")  # bfloat16 where the device gains from it
     seed: int = setting(0, "training")
+
+    def __post_init__(self) -> None:
+        for name in ("size", "crop"):
+            side = getattr(self, name)
+            require(
+                side >= 32 and side % 32 == 0,
+                f"train.{name} must be a multiple of 32 from 32 up, got {side}",
+            )
+        counts = ("steps", "validate_every", "save_every", "log_every", "spc_every", "spc_photos")
+        for name in counts:
+            require(getattr(self, name) >= 1, f"train.{name} must be 1 or more")
+        require(
+            self.batch >= 2 and self.batch % 2 == 0,
+            f"train.batch must be even, half of it is re-exposed, got {self.batch}",
+        )
+        require(
+            0 < self.held_out < 1,
+            f"train.held_out must be between 0 and 1, got {self.held_out}",
+        )
+        require(
+            0 <= self.calibrate[0] < self.calibrate[1],
+            f"train.calibrate must be first and last step, rising, got {self.calibrate}",
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,0 +1,217 @@
+"""Training losses (method.md 6) and the one-time calibration of their shares.
+
+Every part is a mean that is 0 when the output is what it should be, finite on any photo.
+"""
+
+# B batch, H W pixels, h w of a feature map, C channels, R regions
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from evenlight.stages.settings import LossSettings
+
+Features = Callable[[Tensor], tuple[Tensor, Tensor]]  # rgb B,3,H,W -> proto, p3; differentiable
+Logits = Callable[[Tensor], Tensor]  # rgb B,3,H,W -> B,3 (under, normal, over); differentiable
+
+# Weights until the shares are calibrated (method.md 6; identity and consistency inferred).
+START_WEIGHTS = {
+    "data": 1.0,
+    "colour": 0.2,
+    "semantic": 0.02,
+    "prompt": 0.005,
+    "identity": 0.2,
+    "consistency": 0.2,
+}
+GOOD_ENOUGH = 0.9  # probability of "normal" from which the prompt half asks for no more
+DARK = 0.03  # pixels with a shorter RGB vector have no hue to keep
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sample:
+    """What the losses of one step compare. Photos are float RGB in [0, 1]; outputs may leave it."""
+
+    photo: Tensor  # B,3,H,W, as the network saw it
+    output: Tensor  # B,3,H,W
+    target: Tensor  # B,3,H,W, pseudo-GT, no gradient
+    confidence: Tensor  # B,1,H,W, of the pseudo-GT, in [0, 1]
+    labels: Tensor  # B,H,W, region map, integers
+    well_exposed: Tensor  # B, bool: the photo as given is good and must stay
+    paired: bool  # the second half of the batch re-exposes the crops of the first half
+
+
+def total(
+    sample: Sample,
+    weights: dict[str, float],
+    settings: LossSettings,
+    *,
+    features: Features,
+    logits: Logits,
+    spc_rows: slice | None,
+    view: tuple[int, int, int, int],
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The weighted sum, and its parts without weights.
+
+    spc_rows: photos that the semantic and prompt halves see in this step; None: neither runs.
+    view: top, left, height, width in pixels of the crop that the prompt half sees beside the
+    whole. Parts with share 0 are left out.
+    """
+    output, target, confidence = sample.output, sample.target, sample.confidence
+    measure = mse if settings.faithful else charbonnier_ssim
+    parts = {"data": measure(output, target, confidence)}
+    if settings.colour:
+        parts["colour"] = colour(output, target, confidence)
+    if settings.identity:
+        parts["identity"] = identity(output, sample.photo, sample.well_exposed)
+    if settings.consistency and sample.paired:
+        parts["consistency"] = charbonnier(*output.chunk(2)).mean()
+    if spc_rows is not None:
+        seen = output[spc_rows].clamp(0, 1)
+        if settings.semantic:
+            parts["semantic"] = semantic(seen, target[spc_rows], sample.labels[spc_rows], features)
+        if settings.prompt:
+            parts["prompt"] = prompt(seen, logits, view)
+    weighted = [weights[name] * part for name, part in parts.items()]
+    return torch.stack(weighted).sum(), parts
+
+
+def mse(output_B3HW: Tensor, target_B3HW: Tensor, confidence_B1HW: Tensor) -> Tensor:
+    """Squared error weighted by confidence: the paper's data term."""
+    return _weighted_mean((output_B3HW - target_B3HW).square(), confidence_B1HW)
+
+
+def charbonnier_ssim(output_B3HW: Tensor, target_B3HW: Tensor, confidence_B1HW: Tensor) -> Tensor:
+    """10 Charbonnier weighted by confidence, + 0.2 (1 - SSIM)."""
+    error = _weighted_mean(charbonnier(output_B3HW, target_B3HW), confidence_B1HW)
+    return 10 * error + 0.2 * (1 - ssim(output_B3HW, target_B3HW))
+
+
+def charbonnier(x: Tensor, y: Tensor) -> Tensor:
+    """Smooth absolute difference, elementwise, 0 where equal."""
+    return ((x - y).square() + 1e-6).sqrt() - 1e-3
+
+
+def ssim(x_B3HW: Tensor, y_B3HW: Tensor) -> Tensor:
+    """Mean structural similarity over 8x8 windows every 4 pixels (uniform windows, as first
+    published by Wang et al.; a Gaussian one costs ten times more and trains the same)."""
+
+    def window(z: Tensor) -> Tensor:
+        return F.avg_pool2d(z, 8, stride=4)
+
+    mean_x, mean_y = window(x_B3HW), window(y_B3HW)
+    var_x = window(x_B3HW * x_B3HW) - mean_x * mean_x
+    var_y = window(y_B3HW * y_B3HW) - mean_y * mean_y
+    covariance = window(x_B3HW * y_B3HW) - mean_x * mean_y
+    c1, c2 = 0.01**2, 0.03**2
+    brightness = (2 * mean_x * mean_y + c1) / (mean_x * mean_x + mean_y * mean_y + c1)
+    structure = (2 * covariance + c2) / (var_x + var_y + c2)
+    return (brightness * structure).mean()
+
+
+def colour(output_B3HW: Tensor, target_B3HW: Tensor, confidence_B1HW: Tensor) -> Tensor:
+    """1 - cosine of the RGB vectors of each pixel, near-black targets skipped."""
+    has_hue_B1HW = target_B3HW.norm(dim=1, keepdim=True) >= DARK
+    cosine_BHW = F.cosine_similarity(output_B3HW, target_B3HW, dim=1, eps=1e-2)
+    return _weighted_mean(1 - cosine_BHW[:, None], confidence_B1HW * has_hue_B1HW)
+
+
+def semantic(
+    output_B3HW: Tensor, target_B3HW: Tensor, labels_BHW: Tensor, features: Features
+) -> Tensor:
+    """FastSAM must see the same in output and target: per position, and per region by its area."""
+    with torch.no_grad():
+        wanted = features(target_B3HW)
+    loss = output_B3HW.new_zeros(())
+    for got_BChw, want_BChw in zip(features(output_B3HW), wanted, strict=True):
+        got, want = got_BChw.float(), want_BChw.float()
+        loss = loss + (1 - F.cosine_similarity(got, want, dim=1)).mean()
+        mask_BRL = _region_shares(labels_BHW, got.shape[2:])
+        cosine_BR = F.cosine_similarity(_pool(got, mask_BRL), _pool(want, mask_BRL), dim=2)
+        area_BR = mask_BRL.mean(2)
+        loss = loss + (area_BR * (1 - cosine_BR)).sum(1).mean()
+    return loss / len(wanted)
+
+
+def prompt(output_B3HW: Tensor, logits: Logits, view: tuple[int, int, int, int]) -> Tensor:
+    """-log p(normal) of the whole and of one crop, 0 from p = 0.9 on so that it cannot be gamed."""
+    top, left, height, width = view
+    crop = output_B3HW[:, :, top : top + height, left : left + width]
+    enough = torch.tensor(GOOD_ENOUGH).log().item()
+    normal = [logits(x).float().log_softmax(dim=1)[:, 1] for x in (output_B3HW, crop)]
+    return torch.stack([(enough - p).relu() for p in normal]).mean()
+
+
+def identity(output_B3HW: Tensor, photo_B3HW: Tensor, well_exposed_B: Tensor) -> Tensor:
+    """Well-exposed photos stay as they are; 0 if the batch has none."""
+    error_B = charbonnier(output_B3HW, photo_B3HW).mean((1, 2, 3))
+    return (error_B * well_exposed_B).sum() / well_exposed_B.sum().clamp_min(1)
+
+
+@dataclass
+class Calibration:
+    """Weights that give each part its share of the gradient norm at the output.
+
+    Measured over the steps of a window, computed once at its end, then frozen; the weight of
+    "data" stays. A part that was never active in the window keeps its start weight.
+    """
+
+    settings: LossSettings
+    window: tuple[int, int]
+    weights: dict[str, float] = field(default_factory=START_WEIGHTS.copy)
+    norms: dict[str, list[float]] = field(default_factory=dict)  # per part: sum, count
+    done: bool = False
+
+    def measures(self, step: int) -> bool:
+        """Whether `measure` is due at this step."""
+        return not self.done and self.window[0] <= step < self.window[1]
+
+    def measure(self, parts: dict[str, Tensor], output_B3HW: Tensor) -> None:
+        for name, part in parts.items():
+            (gradient,) = torch.autograd.grad(
+                part, output_B3HW, retain_graph=True, allow_unused=True
+            )
+            norm = 0.0 if gradient is None else float(gradient.norm())
+            if norm > 0:
+                sum_and_count = self.norms.setdefault(name, [0.0, 0])
+                sum_and_count[0] += norm
+                sum_and_count[1] += 1
+
+    def finish(self) -> dict[str, float]:
+        """Freeze the weights; returns them."""
+        means = {name: total / count for name, (total, count) in self.norms.items()}
+        for name, mean in means.items():
+            share = getattr(self.settings, name) / self.settings.data
+            self.weights[name] = START_WEIGHTS["data"] * share * means["data"] / mean
+        self.done = True
+        return self.weights
+
+    def state(self) -> dict[str, Any]:
+        """For the checkpoint."""
+        return {"weights": self.weights, "norms": self.norms, "done": self.done}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        self.weights, self.norms = dict(state["weights"]), dict(state["norms"])
+        self.done = bool(state["done"])
+
+
+def _weighted_mean(error_BCHW: Tensor, weight_B1HW: Tensor) -> Tensor:
+    weight = weight_B1HW.expand_as(error_BCHW)
+    return (error_BCHW * weight).sum() / weight.sum().clamp_min(1e-3)
+
+
+def _region_shares(labels_BHW: Tensor, size: torch.Size) -> Tensor:
+    """One-hot region masks at the size of a tap, B,R,h*w float32, by nearest resizing."""
+    labels_Bhw = F.interpolate(labels_BHW[:, None].float(), size=size, mode="nearest")
+    labels_BL = labels_Bhw.flatten(1).long()
+    num_regions = int(labels_BL.max()) + 1
+    return F.one_hot(labels_BL, num_regions).mT.float()
+
+
+def _pool(x_BChw: Tensor, mask_BRL: Tensor) -> Tensor:
+    """Mean over each region, B,R,C; 0 for an absent one."""
+    sums = mask_BRL @ x_BChw.flatten(2).mT
+    return sums / mask_BRL.sum(2, keepdim=True).clamp_min(1)

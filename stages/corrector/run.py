@@ -1,0 +1,144 @@
+"""A training run as it stands: begun, resumed, written to checkpoints, logged."""
+
+import copy
+import json
+import logging
+import math
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from evenlight.cache.errors import StoreError, UsageError
+from evenlight.cache.files import atomic_write
+from evenlight.stages.corrector.checkpoint import load_latest
+from evenlight.stages.corrector.losses import Calibration
+from evenlight.stages.corrector.network import Corrector
+from evenlight.stages.settings import Settings
+
+log = logging.getLogger(__name__)
+Progress = Callable[[int, int, dict[str, Any]], None]  # step, steps, record
+
+
+@dataclass(kw_only=True)
+class Run:
+    """Everything that a step changes: what a checkpoint holds."""
+
+    network: Corrector
+    ema: Corrector
+    optimiser: torch.optim.AdamW
+    calibration: Calibration
+    step: int = 0  # steps done
+    best_step: int = 0
+    best_psnr: float = -math.inf
+    history: list[float] = field(default_factory=list)  # seconds of the steps of this call
+
+    def state(self, info: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        tensors = {f"network.{name}": x for name, x in self.network.state_dict().items()}
+        tensors |= {f"ema.{name}": x for name, x in self.ema.state_dict().items()}
+        for index, state in self.optimiser.state_dict()["state"].items():
+            tensors |= {f"optimiser.{index}.{name}": x for name, x in state.items()}
+        progress = {
+            "best_step": self.best_step,
+            "best_psnr": self.best_psnr if math.isfinite(self.best_psnr) else None,
+            "calibration": self.calibration.state(),
+        }
+        return tensors, info | {"progress": progress}
+
+    def restore(self, tensors: dict[str, Tensor], info: dict[str, Any]) -> None:
+        def part(prefix: str) -> dict[str, Tensor]:
+            return {k.removeprefix(prefix): x for k, x in tensors.items() if k.startswith(prefix)}
+
+        self.network.load_state_dict(part("network."))
+        self.ema.load_state_dict(part("ema."))
+        states: dict[int, dict[str, Tensor]] = {}
+        for name, x in part("optimiser.").items():
+            index, key = name.split(".")
+            states.setdefault(int(index), {})[key] = x
+        groups = self.optimiser.state_dict()["param_groups"]
+        self.optimiser.load_state_dict({"state": states, "param_groups": groups})
+        progress = info["progress"]
+        self.step, self.best_step = info["step"], progress["best_step"]
+        self.best_psnr = -math.inf if progress["best_psnr"] is None else progress["best_psnr"]
+        self.calibration.restore(progress["calibration"])
+
+    @torch.no_grad()
+    def follow(self, decay: float) -> None:
+        """Move the EMA weights towards those of the network."""
+        for slow, fast in zip(self.ema.parameters(), self.network.parameters(), strict=True):
+            slow.lerp_(fast, 1 - decay)
+
+
+def begin(
+    p3_channels: int,
+    settings: Settings,
+    checkpoints: Path,
+    info: dict[str, Any],
+    resume: bool,
+    device: torch.device,
+) -> Run:
+    """A new run, or the newest whole checkpoint of the same run."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(settings.train.seed)
+        network = Corrector(settings.network, p3_channels).to(device)
+    matrices = [p for p in network.parameters() if p.ndim > 1]
+    others = [p for p in network.parameters() if p.ndim <= 1]
+    groups = [
+        {"params": matrices, "weight_decay": settings.train.weight_decay},
+        {"params": others, "weight_decay": 0.0},
+    ]
+    run = Run(
+        network=network,
+        ema=copy.deepcopy(network).eval().requires_grad_(False),
+        optimiser=torch.optim.AdamW(groups, lr=settings.train.learning_rate, betas=(0.9, 0.99)),
+        calibration=Calibration(settings.losses, settings.train.calibrate),
+    )
+    checkpoint = load_latest(checkpoints)
+    if checkpoint is None:
+        return run
+    if not resume:
+        raise UsageError(
+            f"{checkpoints} holds a run at step {checkpoint.step}: resume it, "
+            "remove it, or choose another output folder"
+        )
+    for name, value in json.loads(json.dumps(info)).items():
+        before = checkpoint.info.get(name)
+        if before != value:
+            raise StoreError(
+                f"the run in {checkpoints} was begun with {name} = {before}, "
+                f"now it is {value}: restore it, or choose another output folder"
+            )
+    run.restore(checkpoint.tensors, checkpoint.info)
+    log.info("resuming %s at step %d", checkpoints.parent, run.step)
+    return run
+
+
+def choices_of(settings: Settings) -> dict[str, Any]:
+    """The settings that decide the weights."""
+    parts = ("network", "losses", "train")
+    return {name: asdict(getattr(settings, name)) for name in parts}
+
+
+class RunLog:
+    """JSON lines, one per record; on resume the lines of steps that will be done again go."""
+
+    def __init__(
+        self,
+        path: Path,
+        step: int,
+        steps: int,
+        on_progress: Progress,
+    ) -> None:
+        self.path, self.steps, self.on_progress = path, steps, on_progress
+        if path.exists():
+            whole = [line for line in path.read_bytes().splitlines(True) if line.endswith(b"\n")]
+            atomic_write(path, b"".join(x for x in whole if json.loads(x)["step"] <= step))
+
+    def __call__(self, step: int, record: dict[str, Any]) -> None:
+        record = {"step": step} | record
+        with self.path.open("a") as file:
+            file.write(json.dumps(record) + "\n")
+        self.on_progress(step, self.steps, record)

@@ -1,0 +1,186 @@
+"""Losses are 0 when nothing is wrong, finite on any photo, and calibrated to their shares."""
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from evenlight.stages.corrector import losses
+from evenlight.stages.corrector.losses import Calibration, Sample, total
+from evenlight.stages.settings import LossSettings
+
+GENERATOR = torch.Generator().manual_seed(0)
+PROTO, P3 = (
+    torch.randn(4, 3, 4, 4, generator=GENERATOR),
+    torch.randn(5, 3, 8, 8, generator=GENERATOR),
+)
+VIEW = (4, 4, 20, 24)
+
+
+def features(rgb: Tensor) -> tuple[Tensor, Tensor]:
+    return F.conv2d(rgb, PROTO, stride=4), F.conv2d(rgb, P3, stride=8)
+
+
+def logits(rgb: Tensor) -> Tensor:
+    mean = rgb.mean((1, 2, 3))
+    return torch.stack([0.5 - mean, 0.1 - (mean - 0.5).abs(), mean - 0.5], dim=1) * 20
+
+
+def sample(output: Tensor | None = None, **changes) -> Sample:
+    generator = torch.Generator().manual_seed(1)
+    target = torch.rand(4, 3, 32, 32, generator=generator)
+    target = torch.cat([target[:2], target[:2]])
+    values = {
+        "photo": target * 0.5,
+        "output": target if output is None else output,
+        "target": target,
+        "confidence": torch.rand(4, 1, 32, 32, generator=generator),
+        "labels": torch.randint(0, 4, (4, 32, 32), generator=generator).to(torch.uint8),
+        "well_exposed": torch.tensor([True, False, False, False]),
+        "paired": True,
+    }
+    return Sample(**(values | changes))
+
+
+def parts_of(case: Sample, settings: LossSettings | None = None) -> dict[str, Tensor]:
+    loss, parts = total(
+        case,
+        losses.START_WEIGHTS,
+        settings or LossSettings(),
+        features=features,
+        logits=logits,
+        spc_rows=slice(0, 4),
+        view=VIEW,
+    )
+    assert torch.isfinite(loss)
+    return parts
+
+
+@pytest.mark.parametrize("faithful", [False, True])
+def test_data_colour_semantic_and_consistency_are_0_when_the_output_is_the_target(faithful):
+    parts = parts_of(sample(), LossSettings(faithful=faithful))
+    for name in ("data", "colour", "semantic", "consistency"):
+        assert float(parts[name]) == pytest.approx(0, abs=2e-6), name
+
+
+def test_every_part_notices_what_it_is_for():
+    good = sample()
+    generator = torch.Generator().manual_seed(2)
+    noise = good.target + 0.2 * torch.randn(4, 3, 32, 32, generator=generator)
+    parts = parts_of(replace(good, output=noise))
+    assert all(float(part) > 1e-3 for name, part in parts.items() if name != "prompt"), parts
+    dark = parts_of(replace(good, output=good.target * 0.2))
+    assert float(dark["prompt"]) > 1
+    assert float(dark["colour"]) == pytest.approx(0, abs=1e-2)  # same hue, other brightness
+    tinted = good.target * torch.tensor([1.0, 0.5, 1.0]).view(3, 1, 1)
+    assert float(parts_of(replace(good, output=tinted))["colour"]) > 0.02
+
+
+@pytest.mark.parametrize("output", [0.0, 1.0])
+@pytest.mark.parametrize("target", [0.0, 1.0])
+@pytest.mark.parametrize("faithful", [False, True])
+def test_black_and_white_give_finite_losses_and_gradients(output, target, faithful):
+    flat = torch.full((4, 3, 32, 32), output, requires_grad=True)
+    case = sample(flat, target=torch.full((4, 3, 32, 32), target))
+    sum(parts_of(case, LossSettings(faithful=faithful)).values()).backward()
+    assert flat.grad is not None and torch.isfinite(flat.grad).all()
+
+
+def test_zero_confidence_everywhere_is_finite():
+    assert float(parts_of(sample(confidence=torch.zeros(4, 1, 32, 32)))["data"]) >= 0
+
+
+def test_pixels_without_confidence_do_not_count():
+    case = sample()
+    wrong = case.target.clone()
+    wrong[:, :, :8] += 0.5
+    sure = torch.ones(4, 1, 32, 32)
+    sure[:, :, :8] = 0
+    assert float(losses.mse(wrong, case.target, sure)) == 0
+    assert float(losses.mse(wrong, case.target, torch.ones_like(sure))) > 0.05
+
+
+def test_the_prompt_half_asks_for_no_more_than_good_enough():
+    def always_normal(rgb: Tensor) -> Tensor:
+        return torch.tensor([0.0, 5.0, 0.0]) + 0 * rgb.mean((1, 2, 3))[:, None]
+
+    output = torch.rand(4, 3, 32, 32, requires_grad=True)
+    loss = losses.prompt(output, always_normal, VIEW)
+    loss.backward()
+    assert float(loss.detach()) == 0
+    assert output.grad is not None and float(output.grad.abs().max()) == 0
+    doubtful = losses.prompt(output, lambda rgb: torch.zeros(4, 3), VIEW)
+    assert float(doubtful) == pytest.approx(math.log(0.9) + math.log(3), rel=1e-5)
+
+
+def test_identity_looks_only_at_well_exposed_photos():
+    case = sample()
+    output = case.photo.clone()
+    output[1:] += 0.3
+    assert float(losses.identity(output, case.photo, case.well_exposed)) < 1e-6
+    nobody = torch.zeros(4, dtype=torch.bool)
+    assert float(losses.identity(output, case.photo, nobody)) == 0
+
+
+def test_regions_are_pooled_apart():
+    labels = torch.zeros(1, 8, 8, dtype=torch.uint8)
+    labels[:, :, 4:] = 2
+    mask = losses._region_shares(labels, torch.Size((4, 4)))
+    x = torch.arange(4.0).expand(1, 1, 4, 4)
+    assert losses._pool(x, mask).flatten().tolist() == [0.5, 0.0, 2.5]
+
+
+def test_gradients_of_semantic_and_prompt_halves_reach_the_output():
+    output = (sample().target * 0.3).requires_grad_()
+    parts = parts_of(sample(output))
+    for name in ("semantic", "prompt"):
+        (gradient,) = torch.autograd.grad(parts[name], output, retain_graph=True)
+        assert float(gradient.norm()) > 0
+
+
+def test_parts_with_share_zero_and_steps_without_spc_are_left_out():
+    settings = LossSettings(colour=0, identity=0, consistency=0, semantic=0)
+    assert set(parts_of(sample(), settings)) == {"data", "prompt"}
+    _, parts = total(
+        sample(),
+        losses.START_WEIGHTS,
+        LossSettings(),
+        features=features,
+        logits=logits,
+        spc_rows=None,
+        view=VIEW,
+    )
+    assert "semantic" not in parts and "prompt" not in parts
+
+
+def test_calibration_gives_each_part_its_share_once_and_survives_a_checkpoint():
+    output = (sample().target * 0.4).requires_grad_()
+    settings = LossSettings()
+    calibration = Calibration(settings, (2, 4))
+    assert [calibration.measures(step) for step in range(6)] == [
+        False,
+        False,
+        True,
+        True,
+        False,
+        False,
+    ]
+    parts = parts_of(sample(output))
+    calibration.measure(parts, output)
+    half_way = Calibration(settings, (2, 4))
+    half_way.restore(calibration.state())
+    assert half_way.finish() == calibration.finish()
+    norms = {
+        name: calibration.weights[name]
+        * float(torch.autograd.grad(part, output, retain_graph=True, allow_unused=True)[0].norm())
+        for name, part in parts.items()
+        if name != "consistency"  # equal halves: no gradient, so its start weight stays
+    }
+    for name, norm in norms.items():
+        expected = getattr(settings, name) / settings.data
+        assert norm / norms["data"] == pytest.approx(expected, rel=1e-4), name
+    assert calibration.weights["consistency"] == losses.START_WEIGHTS["consistency"]
+    assert not calibration.measures(3)
