@@ -41,18 +41,13 @@ class LoadedCorrector:
         return fit_maps(inputs[0], strength, residual, self.settings.network.family)
 
     def pseudo_gt(self, pixels_HW3: np.ndarray) -> dict[str, np.ndarray]:
-        """The pseudo_gt part of a photo that is in no store, at the priors' size."""
+        """The pseudo_gt part, and regions, of a photo that is in no store, at the priors' size."""
         photo = working(pixels_HW3, self.settings.photo.size)
         regions = self.models.segmenter.segment(rule_corrected(photo))
         cached = embed_photo(photo, regions.labels, self.models.clip, self.settings.ladder)
-        return choose(
-            photo,
-            regions.labels,
-            cached,
-            self.scorer,
-            self.settings.ladder,
-            self.settings.pseudo_gt,
-        )
+        ladder, settings = self.settings.ladder, self.settings.pseudo_gt
+        chosen = choose(photo, regions.labels, cached, self.scorer, ladder, settings)
+        return chosen | {"regions": regions.labels}
 
     def correct(self, pixels_HW3: np.ndarray, strength: float = 1.0) -> np.ndarray:
         """The corrected photo, same shape and dtype (uint8 or uint16 RGB)."""
@@ -72,7 +67,7 @@ def load(path: Path | None, device: str = "auto") -> LoadedCorrector:
             "no corrector ships with this version: train one and name its folder with -m"
         )
     device = choose_device(device)
-    network, extra, info = load_corrector(folder, device)
+    network, info, extra = load_corrector(folder)
     settings = config.build(base=info["settings"], overrides=[f"run.device={device}"])
     models = load_models(settings)
     scorer = Scorer.from_tensors(
@@ -85,4 +80,4 @@ def load(path: Path | None, device: str = "auto") -> LoadedCorrector:
                 f"corrector {folder} was trained with {prior} {wanted[:12]}, here is "
                 f"{found[prior][:12]}: put those weights back, or train again"
             )
-    return LoadedCorrector(network, settings, models, scorer)
+    return LoadedCorrector(network.to(device), settings, models, scorer)

@@ -47,9 +47,7 @@ def doctor() -> dict[str, Any]:
         "evenlight": _version("evenlight"),
         "python": platform.python_version(),
         "packages": versions,
-        "device": torch.cuda.get_device_name()
-        if cuda
-        else f"cpu, {torch.get_num_threads()} threads",
+        "device": torch.cuda.get_device_name() if cuda else threads,
         "scan": {"runs": scan, "why": reason},
         "weights": weights,
         "lacks": lacks,

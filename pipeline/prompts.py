@@ -5,15 +5,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from evenlight.cache.errors import StoreError
-from evenlight.cache.store import OURS, Store
-from evenlight.stages.corrector.checkpoint import load_tensors, save_tensors
+from evenlight.cache.files import read_json, write_json
+from evenlight.cache.shards import OURS
+from evenlight.cache.store import Store
 from evenlight.stages.priors.clip import Clip, load_clip
 from evenlight.stages.priors.prompts import Ladders, Scorer, tune, zero_shot
 from evenlight.stages.settings import Settings
 
-PROMPTS = "prompts.safetensors"
 EMBEDDINGS = (
     "clip_photo", "clip_ladder", "rule_strength", "mean_luma", "clipped",
 )  # fmt: skip
@@ -31,11 +32,11 @@ def store_scorer(path: Path, clip: Clip | None) -> Scorer:
 
     path: the store.  Raises StoreError where there are no prompts and no clip to make them with.
     """
-    file = path / OURS / PROMPTS
+    file = _path(path)
     if file.exists():
-        tensors, info = load_tensors(file)
-        if clip is None or info["clip"] == clip.fingerprint:
-            return Scorer.from_tensors(tensors)
+        found = read_json(file)
+        if clip is None or found["clip"] == clip.fingerprint:
+            return _scorer(found)
     if clip is None:
         raise StoreError(f"store {path} has no prompts: run 'evenlight precompute' to make them")
     scorer = zero_shot(clip)
@@ -60,17 +61,34 @@ def tune_clip(store: Path, *, settings: Settings, clip: Clip | None = None) -> T
 
 def prompts_info(path: Path) -> dict[str, Any]:
     """Which prompts a store holds: their fingerprint, whether tuned, for which CLIP."""
-    file = path / OURS / PROMPTS
-    if not file.exists():
+    if not _path(path).exists():
         return {"fingerprint": "", "tuned": False, "clip": ""}
-    tensors, info = load_tensors(file)
-    return {"fingerprint": Scorer.from_tensors(tensors).fingerprint, **info}
+    found = read_json(_path(path))
+    return {
+        "fingerprint": _scorer(found).fingerprint,
+        "tuned": found["tuned"],
+        "clip": found["clip"],
+    }
+
+
+def _path(store: Path) -> Path:
+    return store / OURS / "prompts.json"
+
+
+def _scorer(document: dict[str, Any]) -> Scorer:
+    text = torch.tensor(document["text"], dtype=torch.float32)
+    return Scorer(text, document["temperature"])
 
 
 def _write(path: Path, scorer: Scorer, clip: Clip, *, tuned: bool) -> None:
-    save_tensors(
-        path / OURS / PROMPTS, scorer.to_tensors(), {"clip": clip.fingerprint, "tuned": tuned}
-    )
+    """One small file, replaced whole: float32 survives JSON exactly."""
+    document = {
+        "text": scorer.text_3D.tolist(),
+        "temperature": scorer.temperature,
+        "clip": clip.fingerprint,
+        "tuned": tuned,
+    }
+    write_json(_path(path), document)
 
 
 def _ladders(store: Store, settings: Settings) -> Ladders:

@@ -39,6 +39,7 @@ class ToyClip:
     """Judges by mean luma: the text vectors point to dark, middle and bright."""
 
     dim = 3
+    size = 64
     logit_scale = 10.0
 
     def __init__(self, seed: int = 0) -> None:

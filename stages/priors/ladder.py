@@ -17,17 +17,21 @@ from evenlight.stages.pixels import luma, resize, to_float
 from evenlight.stages.priors import tone
 from evenlight.stages.settings import LadderSettings
 
-CLIP_WORK_SIZE = 224  # pixels; tone operators commute well with shrinking (method.md 4.2)
 REGION_GROWTH = 1.5  # crop side over region box side
 CLIPPED_HIGH = 254 / 255
 CLIPPED_LOW = 1 / 255
 
 
 class Embedder(Protocol):
-    """CLIP's image side: RGB float B,3,H,W in [0, 1] -> unit embeddings float32 B,D."""
+    """CLIP's image side: RGB float B,3,H,W in [0, 1] -> unit embeddings float32 B,D.
+
+    size: side of the square it sees, pixels; tone operators work on copies of that size, since
+    they commute well with shrinking (method.md 4.2).
+    """
 
     fingerprint: str
     dim: int
+    size: int
 
     def embed(self, rgb_B3HW: Tensor) -> Tensor: ...
 
@@ -47,10 +51,10 @@ def largest_regions(labels_HW: np.ndarray, settings: LadderSettings) -> list[tup
     return sorted(large, key=lambda row: (-row[1], row[0]))[: settings.regions]
 
 
-def region_crop(rgb_13HW: Tensor, mask_HW: Tensor) -> Tensor:
+def region_crop(rgb_13HW: Tensor, mask_HW: Tensor, size: int) -> Tensor:
     """The region with a little surrounding, what is outside blurred.
 
-    rgb: float 1,3,H,W in [0, 1].  mask: bool H,W, not empty.  Returns 1,3,224,224.
+    rgb: float 1,3,H,W in [0, 1].  mask: bool H,W, not empty.  Returns 1,3,size,size.
     """
     rows, columns = mask_HW.any(1).nonzero().ravel(), mask_HW.any(0).nonzero().ravel()
     spans = []
@@ -60,7 +64,6 @@ def region_crop(rgb_13HW: Tensor, mask_HW: Tensor) -> Tensor:
     ):
         grow = int((high - low) * (REGION_GROWTH - 1) / 2)
         spans.append(slice(max(0, low - grow), min(limit, high + grow)))
-    size = CLIP_WORK_SIZE
     crop = resize(rgb_13HW[..., spans[0], spans[1]], size, size)
     inside = resize(mask_HW[None, None, spans[0], spans[1]].float(), size, size)
     small = F.avg_pool2d(crop, size // 16)
@@ -77,7 +80,7 @@ def embed_photo(
     Returns the arrays of the part (docs/architecture.md); rows of absent regions are zero.
     """
     rgb = to_float(photo_HW3)
-    small = resize(rgb, CLIP_WORK_SIZE, CLIP_WORK_SIZE)
+    small = resize(rgb, embedder.size, embedder.size)
     rule = float(tone.rule_strength(small, settings.family)[0])
     strengths = rule + torch.tensor(settings.offsets)
     ladder = tone.apply(settings.family, small, strengths.view(-1, 1, 1, 1))
@@ -85,7 +88,7 @@ def embed_photo(
     regions = largest_regions(labels_HW, settings)
     offsets = rule + torch.tensor(settings.region_offsets)
     labels = torch.from_numpy(labels_HW)
-    crops = [region_crop(rgb, labels == label) for label, _ in regions]
+    crops = [region_crop(rgb, labels == label, embedder.size) for label, _ in regions]
     shifted = [tone.apply(settings.family, crop, offsets.view(-1, 1, 1, 1)) for crop in crops]
 
     embeddings = embedder.embed(torch.cat([small, ladder, *shifted])).numpy()
