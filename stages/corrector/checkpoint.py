@@ -16,7 +16,7 @@ from safetensors.torch import load as parse_safetensors
 from safetensors.torch import save as to_safetensors
 from torch import Tensor
 
-from evenlight.cache.errors import StoreError
+from evenlight.cache.errors import StoreError, UsageError
 from evenlight.cache.files import (
     atomic_write,
     make_folder,
@@ -187,7 +187,7 @@ def load_corrector(folder: Path) -> tuple[Corrector, dict[str, Any], dict[str, T
         settings = NetworkSettings(**info["network"]["settings"])
         network = Corrector(settings, info["network"]["p3_channels"])
         network.load_state_dict(weights)
-    except (KeyError, TypeError, RuntimeError) as error:
+    except (KeyError, TypeError, RuntimeError, UsageError) as error:
         raise StoreError(
             f"{folder} holds a corrector that this version of evenlight does not know ({error}): "
             "use the version that wrote it, or train again"
