@@ -8,6 +8,7 @@ Writing them: photo_files.py.
 
 import io
 import struct
+import warnings
 from dataclasses import dataclass, field, replace
 
 import cv2
@@ -50,6 +51,8 @@ __all__ = [
 # Sizes are checked from our own reading of the header, before Pillow opens anything; its limit
 # would only overrule photo.max_megapixels.
 Image.MAX_IMAGE_PIXELS = None
+# A note in the metadata says it, by photo.
+warnings.filterwarnings("ignore", message="(Corrupt EXIF|Metadata Warning|Truncated File Read)")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,0 +1,261 @@
+"""Photos come out as they went in: format, depth, alpha, profile, EXIF; upright, whole or not."""
+
+import io
+import os
+import struct
+from dataclasses import replace
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import tifffile
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image, ImageCms, JpegImagePlugin
+
+from evenlight.stages.images import Metadata, Photo, decode
+from evenlight.stages.photo_files import encode, encoded, jpeg_bytes
+from evenlight.stages.photo_headers import png_chunk, png_chunks
+
+SRGB = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+XMP = b'<x:xmpmeta xmlns:x="adobe:ns:meta/"><a tiff:Orientation="6" dc:title="Hus"/></x:xmpmeta>'
+NOTE = b"maker's note with an offset inside: \0\0\1\x23"
+
+
+def noise(*shape: int, dtype: type = np.uint8) -> np.ndarray:
+    return np.random.default_rng(0).integers(0, np.iinfo(dtype).max, shape, dtype, endpoint=True)
+
+
+def smooth(height: int, width: int) -> np.ndarray:
+    coarse = np.random.default_rng(0).uniform(40, 210, (4, 5, 3)).astype(np.float32)
+    return cv2.resize(coarse, (width, height), interpolation=cv2.INTER_CUBIC).astype(np.uint8)
+
+
+def exif(orientation: int = 6, thumbnail: bytes = b"") -> bytes:
+    """A camera's block: IFD0, Exif and GPS directories, the pixels stored 80 wide and 60 high."""
+    tags = Image.Exif()
+    tags[271], tags[272], tags[274] = "Maker", "Model", orientation
+    tags[306], tags[33432] = "2020:01:02 03:04:05", "(c) somebody"
+    tags[34665] = {33434: (1, 125), 34855: 400, 37500: NOTE, 40962: 80, 40963: 60}
+    tags[34853] = {1: "N", 2: (59.0, 20.0, 3.5)}
+    block = tags.tobytes().removeprefix(b"Exif\0\0")
+    if not thumbnail:
+        return block
+    order = "<" if block[:2] == b"II" else ">"
+    (count,) = struct.unpack_from(order + "H", block, 8)
+    end, linked = 10 + 12 * count, bytearray(block + bytes(len(block) % 2))
+    struct.pack_into(order + "I", linked, end, len(linked))
+    at = len(linked) + 30
+    directory = struct.pack(order + "H", 2) + struct.pack(order + "HHII", 513, 4, 1, at)
+    directory += struct.pack(order + "HHII", 514, 4, 1, len(thumbnail)) + bytes(4)
+    return bytes(linked) + directory + thumbnail
+
+
+def camera_file(format: str, **options: object) -> bytes:
+    """60 x 80 pixels of a camera held upright (orientation 6), with all the metadata it can."""
+    stream = io.BytesIO()
+    if format != "TIFF":
+        options |= {"exif": b"Exif\0\0" + exif(), "dpi": (300, 300), "icc_profile": SRGB}
+        options |= {"xmp": XMP} if format in ("JPEG", "WEBP") else {}
+        Image.fromarray(smooth(60, 80)).save(stream, format, **options)
+        data = stream.getvalue()
+        if format == "PNG":
+            chunks = (b"iTXt", b"XML:com.adobe.xmp\0\0\0\0\0" + XMP), (b"tEXt", b"Author\0A. Body")
+            data = data[:33] + b"".join(png_chunk(*chunk) for chunk in chunks) + data[33:]
+        return data
+    tags = Image.Exif()
+    tags.load(exif())
+    tags[700] = XMP
+    Image.fromarray(smooth(60, 80)).save(
+        stream, "TIFF", exif=tags, dpi=(300, 300), icc_profile=SRGB
+    )
+    return stream.getvalue()
+
+
+def exif_of(data: bytes) -> tuple[dict, dict, dict]:
+    """IFD0, Exif and GPS directories, as another reader finds them."""
+    with Image.open(io.BytesIO(data)) as image:
+        found = image.getexif()
+        return dict(found), dict(found.get_ifd(34665)), dict(found.get_ifd(34853))
+
+
+KINDS = {
+    "JPEG": {"quality": 92},
+    "PNG": {},
+    "WEBP": {"lossless": True},
+    "WEBP lossy": {"quality": 95},
+    "TIFF": {},
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_camera_file_comes_out_upright_with_its_metadata(kind: str, tmp_path: Path) -> None:
+    data = camera_file(kind.split()[0], **KINDS[kind])
+    photo = decode(data, "a")
+    assert photo.pixels.shape == (80, 60, 3)
+    encode(photo, tmp_path / "out")
+    written = (tmp_path / "out").read_bytes()
+
+    again = decode(written, "a")
+    assert again.format == photo.format and again.encoding == photo.encoding
+    assert np.abs(again.pixels.astype(int) - photo.pixels).mean() < 3
+    first, camera, gps = exif_of(written)
+    assert first[274] == 1
+    assert (first[271], first[272], first[33432]) == ("Maker", "Model", "(c) somebody")
+    assert first[306] == "2020:01:02 03:04:05"
+    assert camera[33434] == (1, 125) or float(camera[33434]) == 1 / 125
+    assert (camera[34855], camera[37500]) == (400, NOTE)
+    assert (camera[40962], camera[40963]) == (60, 80)  # width and height as they now are
+    assert gps[1] == "N" and tuple(map(float, gps[2])) == (59, 20, 3.5)
+    assert again.metadata.icc == SRGB
+    assert again.metadata.xmp == XMP.replace(b'"6"', b'"1"')
+    if not kind.startswith("WEBP"):  # it has no place for it
+        assert again.metadata.dpi == pytest.approx((300, 300), abs=0.01)
+    if kind == "PNG":
+        assert (b"tEXt", b"Author\0A. Body") in list(png_chunks(written))
+
+
+def test_sixteen_bit_tiff_keeps_its_exif_profile_and_pixels() -> None:
+    pixels = noise(60, 80, 3, dtype=np.uint16)
+    photo = replace(decode(camera_file("TIFF"), "a"), pixels=pixels, bit_depth=16)
+    data = encoded(photo)
+    again = decode(data, "a")
+    assert again.bit_depth == 16 and (again.pixels == pixels).all()
+    assert again.metadata.icc == SRGB and again.metadata.dpi == (300, 300)
+    with tifffile.TiffFile(io.BytesIO(data)) as file:  # Pillow cannot show 16-bit colour
+        tags = file.pages[0].tags
+        assert file.pages[0].dtype == np.uint16 and (file.asarray() == pixels).all()
+        assert (tags[271].value, tags[274].value) == ("Maker", 1)
+        assert tags[34665].value["ISOSpeedRatings"] == 400
+        assert tags[34665].value["MakerNote"] == NOTE
+        assert tags[34853].value["GPSLatitudeRef"] == "N"
+
+
+def test_sixteen_bit_png_keeps_its_metadata_for_other_readers() -> None:
+    pixels = noise(60, 80, 3, dtype=np.uint16)
+    photo = replace(decode(camera_file("PNG"), "a"), pixels=pixels, bit_depth=16)
+    data = encoded(photo)
+    buffer = np.frombuffer(data, np.uint8)
+    assert (cv2.imdecode(buffer, cv2.IMREAD_UNCHANGED)[..., ::-1] == pixels).all()
+    with Image.open(io.BytesIO(data)) as image:
+        assert image.info["icc_profile"] == SRGB
+        assert image.info["dpi"] == pytest.approx((300, 300), abs=0.01)
+        assert image.info["Author"] == "A. Body"
+    assert exif_of(data)[0][272] == "Model" and exif_of(data)[1][37500] == NOTE
+
+
+def test_a_stale_thumbnail_is_dropped_and_its_bytes_with_it() -> None:
+    small = io.BytesIO()
+    Image.fromarray(smooth(24, 32)).save(small, "JPEG")
+    for image_format in ("JPEG", "PNG", "WEBP"):
+        stream = io.BytesIO()
+        block = b"Exif\0\0" + exif(1, thumbnail=small.getvalue())
+        Image.fromarray(smooth(60, 80)).save(stream, image_format, exif=block)
+        assert small.getvalue() in stream.getvalue()
+        written = encoded(decode(stream.getvalue(), "a"))
+        assert small.getvalue()[:40] not in written
+        with Image.open(io.BytesIO(written)) as image:
+            assert not image.getexif().get_ifd(1)
+        assert exif_of(written)[1][34855] == 400
+
+
+@pytest.mark.parametrize("subsampling", ["4:4:4", "4:2:2", "4:2:0"])
+@pytest.mark.parametrize("quality", [60, 88])
+def test_a_jpeg_keeps_its_tables_and_subsampling(quality: int, subsampling: str) -> None:
+    stream = io.BytesIO()
+    Image.fromarray(smooth(60, 80)).save(stream, "JPEG", quality=quality, subsampling=subsampling)
+    written = encoded(decode(stream.getvalue(), "a"))
+    with Image.open(stream) as before, Image.open(io.BytesIO(written)) as after:
+        assert after.quantization == before.quantization
+        assert JpegImagePlugin.get_sampling(after) == JpegImagePlugin.get_sampling(before)
+
+
+def test_a_bare_jpeg_has_full_chroma_and_high_quality() -> None:
+    with Image.open(io.BytesIO(jpeg_bytes(smooth(60, 80)))) as image:
+        assert JpegImagePlugin.get_sampling(image) == 0
+        assert np.abs(np.asarray(image).astype(int) - smooth(60, 80)).mean() < 1
+
+
+@pytest.mark.parametrize("image_format", ["JPEG", "PNG", "TIFF"])
+def test_gray_stays_gray_until_the_correction_makes_colour(image_format: str) -> None:
+    stream = io.BytesIO()
+    Image.fromarray(smooth(60, 80)[..., 0]).save(stream, image_format)
+    photo = decode(stream.getvalue(), "a")
+    assert photo.gray
+    with Image.open(io.BytesIO(encoded(photo))) as image:
+        assert image.mode == "L"
+    coloured = replace(photo, pixels=smooth(60, 80))
+    with Image.open(io.BytesIO(encoded(coloured))) as image:
+        assert image.mode == "RGB"
+        assert np.abs(np.asarray(image).astype(int) - coloured.pixels).mean() < 2
+
+
+def test_a_profile_for_gray_is_not_put_on_colours() -> None:
+    gray_profile = bytearray(SRGB)
+    gray_profile[16:20] = b"GRAY"
+    gray = Photo(pixels=smooth(32, 32)[..., :1].repeat(3, axis=2), bit_depth=8, format="png",
+                 gray=True, metadata=Metadata(icc=bytes(gray_profile)))  # fmt: skip
+    assert decode(encoded(gray), "a").metadata.icc == bytes(gray_profile)
+    coloured = replace(gray, pixels=smooth(32, 32))
+    assert decode(encoded(coloured), "a").metadata.icc is None
+
+
+EXACT = [
+    ("png", 8),
+    ("png", 16),
+    ("tiff", 8),
+    ("tiff", 16),
+    ("array", 8),
+    ("array", 16),
+    ("webp", 8),
+]
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    st.sampled_from(EXACT),
+    st.integers(16, 70),
+    st.integers(16, 70),
+    st.booleans(),
+    st.booleans(),
+    st.integers(0, 2**32 - 1),
+)
+def test_lossless_formats_give_back_every_pixel(
+    kind: tuple[str, int], height: int, width: int, gray: bool, has_alpha: bool, seed: int
+) -> None:
+    format, depth = kind
+    rng = np.random.default_rng(seed)
+    top, dtype = 2**depth, np.uint16 if depth == 16 else np.uint8
+    pixels = rng.integers(0, top, (height, width, 1 if gray else 3)).astype(dtype)
+    alpha = rng.integers(0, top, (height, width)).astype(dtype) if has_alpha else None
+    photo = Photo(pixels=np.repeat(pixels, 3, axis=2) if gray else pixels, bit_depth=depth,
+                  format=format, alpha=alpha, gray=gray)  # fmt: skip
+    again = decode(encoded(photo), "a")
+    assert again.format == ("png" if format == "array" else format)
+    assert again.bit_depth == depth and again.pixels.dtype == dtype
+    assert (again.pixels == photo.pixels).all()
+    assert (again.alpha is None) == (alpha is None)
+    assert alpha is None or (again.alpha == alpha).all()
+    if format != "webp" and not (depth == 16 and has_alpha and format != "tiff"):
+        assert again.gray == gray  # WebP has no gray, OpenCV no gray with alpha of 16 bits
+
+
+def test_writing_a_written_photo_again_changes_nothing() -> None:
+    for kind in ("PNG", "WEBP", "TIFF"):
+        once = encoded(decode(camera_file(kind, **KINDS[kind]), "a"))
+        twice = encoded(decode(once, "a"))
+        first, second = decode(once, "a"), decode(twice, "a")
+        assert (first.pixels == second.pixels).all()
+        assert exif_of(once)[1:] == exif_of(twice)[1:]
+        assert first.metadata.xmp == second.metadata.xmp
+
+
+def test_a_photo_that_cannot_be_written_raises_and_leaves_nothing(tmp_path: Path) -> None:
+    photo = Photo(pixels=smooth(32, 32), bit_depth=8, format="png")
+    with pytest.raises(OSError, match="No such file"):
+        encode(photo, tmp_path / "gone" / "a.png")
+    (tmp_path / "a.png").mkdir()
+    with pytest.raises(OSError, match="irectory"):
+        encode(photo, tmp_path / "a.png")
+    assert os.listdir(tmp_path) == ["a.png"]  # noqa: PTH208 - hidden files too
