@@ -11,7 +11,6 @@ import argparse
 import copy
 import json
 import math
-import os
 import time
 from pathlib import Path
 
@@ -93,7 +92,7 @@ def soft_labels(ev_B: Tensor) -> Tensor:
 
 
 def contrastive(image_BD: Tensor, text_BD: Tensor, samples: list[data.Sample], scale: Tensor):
-    """CLIP loss whose positives are all pairs of like exposure that do not contradict in content."""
+    """CLIP loss; positives are all pairs of like exposure unless a caption names other content."""
     ev = torch.tensor([s.ev for s in samples])
     match = torch.exp(-((ev[:, None] - ev[None]) ** 2) / (2 * 0.35**2))
     for column, sample in enumerate(samples):
@@ -215,7 +214,7 @@ def export(model: nn.Module, seen: Tensor, out: Path) -> None:
     state["token_embedding.weight"][~seen] = 0
     half = {k: v.half() if v.is_floating_point() else v for k, v in state.items()}
     save_file(half, out / "clip-lite0.safetensors.partial")
-    os.replace(out / "clip-lite0.safetensors.partial", out / "clip-lite0.safetensors")
+    (out / "clip-lite0.safetensors.partial").replace(out / "clip-lite0.safetensors")
     (out / "clip-lite0.json").write_text(json.dumps(CONFIG, indent=2) + "\n")
 
 
@@ -246,8 +245,8 @@ def main() -> None:
     torch.manual_seed(args.seed)
     args.out.mkdir(parents=True, exist_ok=True)
     pool = data.load_pool(args.photos)
-    print(f"{len(pool.photos)} photos, {len(pool.brackets)} brackets for training;",
-          f"{len(pool.held_photos)} and {len(pool.held_brackets)} held out", flush=True)  # fmt: skip
+    held = f"{len(pool.held_photos)} and {len(pool.held_brackets)} held out"
+    print(f"{len(pool.photos)} photos, {len(pool.brackets)} brackets; {held}", flush=True)
     tokenizer = open_clip.SimpleTokenizer(context_length=32)
     model = new_model(args.tower)
     ema = copy.deepcopy(model).eval()
@@ -292,9 +291,9 @@ def fit(model: nn.Module, ema: nn.Module, pool: data.Pool, tokenizer, args) -> N
             running[name] = 0.95 * running.get(name, value.item()) + 0.05 * value.item()
         if step % 25 == 24:
             rate = (step + 1 - first) / (time.time() - start)
-            print(json.dumps({"step": step + 1, "steps_per_s": round(rate, 3),
-                              "scale": round(model.logit_scale.exp().item(), 2)}
-                             | {k: round(v, 4) for k, v in running.items()}), flush=True)  # fmt: skip
+            line = {"step": step + 1, "steps_per_s": round(rate, 3)}
+            line |= {name: round(value, 4) for name, value in running.items()}
+            print(json.dumps(line), flush=True)
         if step % EVERY == EVERY - 1 or step == args.steps - 1:
             figures = held_out(ema, tokenizer, pool)
             goal = figures["accuracy"] + figures["bracket_order"] - 2 * figures["t_error"]
@@ -306,7 +305,7 @@ def fit(model: nn.Module, ema: nn.Module, pool: data.Pool, tokenizer, args) -> N
             state = {"model": model.state_dict(), "ema": ema.state_dict(), "seen": seen,
                      "optim": optim.state_dict(), "step": step + 1, "best": best}  # fmt: skip
             torch.save(state, f"{state_path}.partial")
-            os.replace(f"{state_path}.partial", state_path)
+            Path(f"{state_path}.partial").replace(state_path)
 
 
 if __name__ == "__main__":

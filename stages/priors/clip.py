@@ -2,8 +2,9 @@
 
 The shipped `clip-lite0` and any open_clip model given as a file go through the same class. Nothing
 here opens a connection. A weights file does not say how its pictures were normalised (open_clip
-#1068: it then falls back to defaults in silence), so mean and std come from the settings, from the
-shipped config, or from open_clip's table where all known weights of the model agree; else we refuse.
+#1068: it then falls back to defaults in silence), so mean and std come from the settings, from
+the shipped config, or from open_clip's table where all known weights of the model agree; else we
+refuse.
 """
 
 # B photos, H W pixels, D embedding, n texts, M context vectors, L tokens, E token embedding
@@ -21,16 +22,16 @@ from typing import Any
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 
-import open_clip  # noqa: E402
-import torch  # noqa: E402
-from open_clip.factory import load_checkpoint  # noqa: E402
-from open_clip.pretrained import get_pretrained_cfg  # noqa: E402
-from torch import Tensor, nn  # noqa: E402
-from torch.nn import functional as F  # noqa: E402
+import open_clip
+import torch
+from open_clip.factory import load_checkpoint
+from open_clip.pretrained import get_pretrained_cfg
+from torch import Tensor, nn
+from torch.nn import functional as F
 
-from evenlight.cache.errors import EnvironmentLacks, UsageError  # noqa: E402
-from evenlight.cache.files import canonical_json, sha256_bytes, sha256_file  # noqa: E402
-from evenlight.stages.settings import ClipSettings  # noqa: E402
+from evenlight.cache.errors import EnvironmentLacks, UsageError
+from evenlight.cache.files import canonical_json, sha256_bytes, sha256_file
+from evenlight.stages.settings import ClipSettings
 
 SHIPPED = "clip-lite0"
 CHUNK = 64  # photos per forward where no gradient is asked: bounds memory, costs nothing
@@ -58,7 +59,7 @@ class Clip:
         self.size = size
         self._tokenizer = tokenizer
         self._device = torch.device(device)
-        self._model = model.eval().requires_grad_(False).to(self._device)
+        self._model: Any = model.eval().requires_grad_(False).to(self._device)
         # twice as fast on a CPU for depthwise convolutions (measured 54 -> 131 photos/s)
         self._model.visual.to(memory_format=torch.channels_last)
         self._mean = torch.tensor(mean, device=self._device).view(3, 1, 1)
@@ -75,7 +76,7 @@ class Clip:
         if torch.is_grad_enabled() and rgb_B3HW.requires_grad:
             return self._embed(rgb_B3HW)
         with torch.no_grad():
-            return torch.cat([self._embed(chunk) for chunk in rgb_B3HW.split(CHUNK)])
+            return torch.cat([self._embed(chunk) for chunk in torch.split(rgb_B3HW, CHUNK)])
 
     def _embed(self, rgb_B3HW: Tensor) -> Tensor:
         x = rgb_B3HW.to(self._device, torch.float32)

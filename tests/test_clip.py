@@ -1,0 +1,224 @@
+"""CLIP through open_clip: what it promises about loading and embedding."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import open_clip
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from skimage import data as photos
+
+from evenlight.cache.errors import EnvironmentLacks, UsageError
+from evenlight.stages.priors import clip as clip_module
+from evenlight.stages.priors.clip import Clip, load_clip
+from evenlight.stages.settings import ClipSettings
+
+TINY = "evenlight-tiny-test"
+TINY_CONFIG = {
+    "embed_dim": 16,
+    "vision_cfg": {"image_size": 32, "layers": 1, "width": 32, "head_width": 16, "patch_size": 8},
+    "text_cfg": {"context_length": 24, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 1},
+}
+HALF = (0.5, 0.5, 0.5)
+
+
+@pytest.fixture(scope="module")
+def shipped() -> Clip:
+    return load_clip(ClipSettings())
+
+
+@pytest.fixture(scope="module")
+def tiny_weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Random weights of a tiny open_clip model, registered by name as a stock one is."""
+    folder = tmp_path_factory.mktemp("tiny")
+    (folder / f"{TINY}.json").write_text(json.dumps(TINY_CONFIG))
+    open_clip.add_model_config(folder)
+    torch.manual_seed(0)
+    model = open_clip.create_model(TINY)
+    torch.save(model.state_dict(), folder / "tiny.pt")
+    return folder / "tiny.pt"
+
+
+def tiny_settings(path: Path, **changes: object) -> ClipSettings:
+    given = {"model": TINY, "weights": str(path), "mean": HALF, "std": HALF} | changes
+    return ClipSettings(**given)  # type: ignore[arg-type]
+
+
+def ladder(photo: np.ndarray) -> torch.Tensor:
+    """Nine exposures of a photo, the film curve from -1.6 to 1.6.  Returns 9,3,H,W."""
+    x = torch.from_numpy(photo).permute(2, 0, 1).float() / 255
+    gains = torch.linspace(-1.6, 1.6, 9).exp().view(-1, 1, 1, 1)
+    return (1 - (1 - x ** (1 / 1.6)) ** gains) ** 1.6
+
+
+def test_embeddings_have_unit_norm_and_do_not_depend_on_the_batch(shipped: Clip) -> None:
+    batch = torch.rand(70, 3, 96, 64)  # more than one chunk
+    together = shipped.embed(batch)
+    alone = torch.cat([shipped.embed(batch[i : i + 1]) for i in (0, 33, 69)])
+    assert together.shape == (70, shipped.dim) and together.dtype == torch.float32
+    torch.testing.assert_close(together.norm(dim=1), torch.ones(70), atol=1e-5, rtol=0)
+    torch.testing.assert_close(together[[0, 33, 69]], alone, atol=1e-4, rtol=0)
+
+
+def test_gradient_reaches_the_photo_and_not_the_model(shipped: Clip) -> None:
+    photo = torch.rand(2, 3, 80, 120, requires_grad=True)
+    shipped.embed(photo)[:, 0].sum().backward()
+    assert photo.grad is not None and photo.grad.isfinite().all()
+    assert (photo.grad != 0).any(dim=(1, 2, 3)).all()
+    assert not any(p.requires_grad for p in shipped._model.parameters())
+
+
+def test_same_embedding_with_and_without_gradient(shipped: Clip) -> None:
+    photo = torch.rand(3, 3, 150, 90)
+    with_gradient = shipped.embed(photo.clone().requires_grad_(True)).detach()
+    torch.testing.assert_close(shipped.embed(photo), with_gradient, atol=1e-5, rtol=0)
+
+
+def test_shipped_clip_orders_exposures_in_seen_and_unseen_wordings(shipped: Clip) -> None:
+    wordings = [
+        ("a photo with underexposed lighting", "a photo with overexposed lighting"),
+        ("my camera made this one too dark", "my camera made this one too bright"),
+        ("the photographer got an underexposed frame", "the photographer got an overexposed frame"),
+    ]
+    for photo in (photos.coffee(), photos.chelsea(), photos.rocket()):
+        embeddings = shipped.embed(ladder(photo[::2, ::2]))
+        for under, over in wordings:
+            text = shipped.embed_text([under, over])
+            d = embeddings @ (text[1] - text[0])
+            assert (d.diff() > 0).float().mean() >= 0.85, (under, d)
+            assert d[0] < 0 < d[-1], (under, d)
+
+
+def test_context_of_token_vectors_equals_the_text(shipped: Clip) -> None:
+    words = ["underexposed lighting", "good lighting", "too bright"]
+    context = shipped.token_vectors("a photo with").expand(3, -1, -1)
+    expected = shipped.embed_text([f"a photo with {word}" for word in words])
+    torch.testing.assert_close(shipped.encode_context(context, words), expected, atol=1e-5, rtol=0)
+
+
+def test_gradient_reaches_the_context(shipped: Clip) -> None:
+    context = torch.randn(3, 16, shipped.token_vectors("a").shape[1]) * 0.02
+    context.requires_grad_(True)
+    shipped.encode_context(context, ["dark", "good", "bright"])[:, 0].sum().backward()
+    assert context.grad is not None and (context.grad != 0).any(dim=(1, 2)).all()
+
+
+def test_context_too_long_for_the_tower_is_refused_in_words(shipped: Clip) -> None:
+    context = torch.zeros(1, 40, shipped.token_vectors("a").shape[1])
+    with pytest.raises(UsageError, match=r"prompts\.context = 40 leaves no room"):
+        shipped.encode_context(context, ["dark"])
+
+
+def test_any_open_clip_model_loads_from_pt_and_from_safetensors(tiny_weights: Path) -> None:
+    other = tiny_weights.with_suffix(".safetensors")
+    save_file(torch.load(tiny_weights, weights_only=True), other)
+    from_pt, from_safetensors = (load_clip(tiny_settings(p)) for p in (tiny_weights, other))
+    photo = torch.rand(2, 3, 50, 70)
+    assert torch.equal(from_pt.embed(photo), from_safetensors.embed(photo))
+    assert from_pt.dim == 16 and from_pt.size == 32
+    assert from_pt.embed_text(["a photo", "dark"]).shape == (2, 16)
+
+
+def test_fingerprint_follows_weights_normalisation_and_size(tiny_weights: Path) -> None:
+    other = tiny_weights.with_name("other.pt")
+    state = torch.load(tiny_weights, weights_only=True)
+    torch.save(state | {"logit_scale": torch.tensor(1.0)}, other)
+    settings = [
+        tiny_settings(tiny_weights),
+        tiny_settings(other),
+        tiny_settings(tiny_weights, mean=(0.4, 0.5, 0.5)),
+        tiny_settings(tiny_weights, std=(0.4, 0.5, 0.5)),
+        tiny_settings(tiny_weights, image_size=64),
+    ]
+    prints = [load_clip(s).fingerprint for s in settings]
+    assert len(set(prints)) == len(prints)
+    assert load_clip(settings[0]).fingerprint == prints[0]
+
+
+def test_unknown_normalisation_is_refused_and_half_known_settings_too(tiny_weights: Path) -> None:
+    with pytest.raises(UsageError, match=r"set clip\.mean and clip\.std"):
+        load_clip(tiny_settings(tiny_weights, mean=(), std=()))
+    with pytest.raises(UsageError, match=r"set clip\.mean and clip\.std"):
+        load_clip(tiny_settings(tiny_weights, std=()))
+    with pytest.raises(UsageError, match=r"clip\.mean must be three numbers"):
+        load_clip(tiny_settings(tiny_weights, mean=(0.5,)))
+
+
+def test_normalisation_on_which_all_known_weights_agree_is_used(
+    tiny_weights: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    table = {"one": (0.1, 0.2, 0.3), "two": (0.1, 0.2, 0.3)}
+    monkeypatch.setattr(
+        clip_module, "get_pretrained_cfg", lambda model, tag: {"mean": table[tag], "std": HALF}
+    )
+    monkeypatch.setattr(open_clip, "list_pretrained_tags_by_model", lambda model: list(table))
+    known = load_clip(tiny_settings(tiny_weights, mean=(), std=()))
+    given = load_clip(tiny_settings(tiny_weights, mean=(0.1, 0.2, 0.3)))
+    assert known.fingerprint == given.fingerprint
+    table["two"] = HALF
+    with pytest.raises(UsageError, match="2 conventions are known"):
+        load_clip(tiny_settings(tiny_weights, mean=(), std=()))
+
+
+def test_openai_models_are_normalised_as_openai_did(tmp_path: Path) -> None:
+    """Up to the weights file: the normalisation is settled, then the missing file is named."""
+    mean, std = clip_module._normalisation(ClipSettings(model="ViT-B-32"))
+    assert mean == (0.48145466, 0.4578275, 0.40821073)
+    assert std == (0.26862954, 0.26130258, 0.27577711)
+    with pytest.raises(EnvironmentLacks, match=r"weights of ViT-B-32 are not at .*none\.pt"):
+        load_clip(ClipSettings(model="ViT-B-32", weights=str(tmp_path / "none.pt")))
+
+
+def test_missing_weights_and_unknown_models_are_named(tmp_path: Path) -> None:
+    with pytest.raises(EnvironmentLacks, match=r"clip\.weights names no file"):
+        load_clip(ClipSettings(model="ViT-B-32"))
+    with pytest.raises(EnvironmentLacks, match="are not at"):
+        load_clip(ClipSettings(weights=str(tmp_path / "none.safetensors")))
+    with pytest.raises(UsageError, match=r"did you mean .*ViT-B-32"):
+        load_clip(ClipSettings(model="ViT-B32", weights="x"))
+
+
+class Trap:
+    """Unpickling it would make a folder."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple:
+        return os.mkdir, (str(self.path),)
+
+
+def test_damaged_foreign_or_malicious_weights_are_refused(
+    tiny_weights: Path, tmp_path: Path
+) -> None:
+    cut = tmp_path / "cut.pt"
+    cut.write_bytes(tiny_weights.read_bytes()[:5000])
+    foreign = tmp_path / "foreign.safetensors"
+    save_file({"something.else": torch.zeros(3)}, foreign)
+    trap = tmp_path / "trap.pt"
+    torch.save({"logit_scale": Trap(tmp_path / "sprung")}, trap)
+    for path in (cut, foreign, trap):
+        with pytest.raises(EnvironmentLacks, match="cannot be used as weights"):
+            load_clip(tiny_settings(path))
+    assert not (tmp_path / "sprung").exists()
+
+
+def test_import_switches_the_hub_off() -> None:
+    code = (
+        "import evenlight.stages.priors.clip, huggingface_hub.constants as c;"
+        "assert c.HF_HUB_OFFLINE and c.HF_HUB_DISABLE_TELEMETRY"
+    )
+    env = {k: v for k, v in os.environ.items() if not k.startswith("HF_")}
+    subprocess.run([sys.executable, "-c", code], check=True, env=env, timeout=60)
+
+
+def test_shipped_weights_are_small_and_half_precision() -> None:
+    path = Path(clip_module.__file__).parents[1] / "weights" / "clip-lite0.safetensors"
+    assert path.stat().st_size < 23_000_000
+    kinds = {t.dtype for t in load_file(path).values() if t.is_floating_point()}
+    assert kinds == {torch.float16}
