@@ -75,7 +75,9 @@ def train(arguments: argparse.Namespace) -> None:
         ],
         lr=arguments.learning_rate,
     )
-    batches = endless_batches(read_photos(arguments.photos), arguments.batch, arguments.seed)
+    batches = endless_batches(
+        read_photos(arguments.photos, "train"), arguments.batch, arguments.seed
+    )
     began = time.monotonic()
     for step in range(1, arguments.steps + 1):
         rate = learning_rate(step, arguments)
@@ -129,11 +131,11 @@ def log(folder: Path, step: int, rate: float, losses: torch.Tensor, seconds: flo
         file.write(json.dumps(row) + "\n")
 
 
-def read_photos(folder: Path) -> list[Photo]:
+def read_photos(folder: Path, split: str) -> list[Photo]:
     """Every photo (HxWx3 uint8 RGB) with every annotator's segment map (HxW, from 1)."""
     photos: list[Photo] = []
-    for path in sorted((folder / "train").glob("*.jpg")):
-        truth = loadmat(folder / "groundTruth" / "train" / f"{path.stem}.mat")["groundTruth"][0]
+    for path in sorted((folder / split).glob("*.jpg")):
+        truth = loadmat(folder / "groundTruth" / split / f"{path.stem}.mat")["groundTruth"][0]
         maps = [one["Segmentation"][0, 0].astype(np.uint16) for one in truth]
         photos.append((cv2.imread(str(path))[..., ::-1], maps))
     return photos

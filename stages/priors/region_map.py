@@ -5,6 +5,11 @@ from numpy.typing import NDArray
 
 Labels = NDArray[np.int64]
 
+# A mask with a smaller share of pixels that no better-scored mask holds repeats what is known.
+# On 30 BSDS500 photos at 512 px, covering with largest-first painting rose by it from .60 to .62
+# (from .55 to .59 two stops over); .3 and .5 gave no more and left more uncovered.
+MIN_NEW_SHARE = 0.15
+
 
 def region_map(
     masks_KHW: NDArray[np.bool_],
@@ -15,23 +20,42 @@ def region_map(
 ) -> NDArray[np.uint8]:
     """Label every pixel with its region.
 
-    masks_KHW: K masks, in any order, which may overlap.  scores_K: ties in area are painted in
-    the order of rising score.  min_area: share of the photo under which a mask, or what is left
-    of it after painting, is no region.  max_regions: 1 to 255; regions beyond the largest are
-    merged.  Returns HxW uint8: 0 = uncovered, 1 is the largest region, and so on down; without
-    a usable mask the whole photo is region 1.
+    masks_KHW: K masks, in any order, which may overlap.  scores_K: higher is surer; of masks
+    that repeat each other the surest stays.  min_area: share of the photo under which a mask,
+    or what is left of it after painting, is no region.  max_regions: 1 to 255; regions beyond
+    the largest are merged.  Returns HxW uint8: 0 = uncovered, 1 is the largest region, and so on
+    down; without a usable mask the whole photo is region 1.
     """
     assert 1 <= max_regions <= 255, max_regions
     height, width = masks_KHW.shape[1:]
-    least = min_area * height * width
-    areas_K = masks_KHW.sum((1, 2))
+    least = max(min_area * height * width, 1)
+    areas_K = np.count_nonzero(masks_KHW, axis=(1, 2))
+    kept = _worth_keeping(masks_KHW, scores_K, areas_K, least)
     labels = np.zeros((height, width), np.int64)
     # Largest first, so that an object stays visible on what it stands on (method.md 4.3).
-    for mask in np.lexsort((scores_K, -areas_K)):
-        if areas_K[mask] >= max(least, 1):
-            labels[masks_KHW[mask]] = mask + 1
+    for number, mask in enumerate(sorted(kept, key=lambda mask: -areas_K[mask]), start=1):
+        labels[masks_KHW[mask]] = number
     labels = _merged(_by_area(labels), least, max_regions)
     return labels.astype(np.uint8) if labels.any() else np.ones((height, width), np.uint8)
+
+
+def _worth_keeping(
+    masks_KHW: NDArray[np.bool_],
+    scores_K: NDArray[np.floating],
+    areas_K: NDArray[np.integer],
+    least: float,
+) -> list[int]:
+    """Indices of masks that are large enough and add to the better-scored ones, surest first."""
+    held = np.zeros(masks_KHW.shape[1:], np.bool_)
+    kept = []
+    for mask in np.argsort(-scores_K, kind="stable"):
+        if areas_K[mask] < least:
+            continue
+        new = np.count_nonzero(masks_KHW[mask] & ~held)
+        if new >= MIN_NEW_SHARE * areas_K[mask]:
+            kept.append(int(mask))
+            held |= masks_KHW[mask]
+    return kept
 
 
 def _by_area(labels: Labels) -> Labels:
