@@ -126,7 +126,7 @@ def test_a_compressed_checkpoint_is_refused_before_it_unfolds(tmp_path):
 def test_modules_that_hold_each_other_are_refused(tmp_path):
     path = tmp_path / "loop.pt"
     ultralytics_checkpoint(path, change=lambda network: network.model[0].add_module("up", network))
-    with pytest.raises(EnvironmentLacks, match=r"loop\.pt .*nested"):
+    with pytest.raises(EnvironmentLacks, match=r"loop\.pt .*modules"):
         load(path)
 
 

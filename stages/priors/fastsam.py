@@ -9,24 +9,21 @@ import os
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterator
 from dataclasses import dataclass
 from hashlib import sha256
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
-from zipfile import ZIP_STORED, ZipFile
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.nn import functional
-from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
 from torchvision.ops import nms
 
 from evenlight.cache.errors import EnvironmentLacks
+from evenlight.stages.priors.fastsam_weights import WHERE, read_weights, unusable
 from evenlight.stages.priors.region_map import region_map
 from evenlight.stages.settings import RegionSettings
 
@@ -46,10 +43,11 @@ def _import_ultralytics() -> Any:
     omp_threads = os.environ.get("OMP_NUM_THREADS")
     torch_threads = torch.get_num_threads()
     cv2_threads = sys.modules["cv2"].getNumThreads() if "cv2" in sys.modules else -1
-    from ultralytics import settings
+    from ultralytics import settings as switches
     from ultralytics.nn import tasks
 
-    settings.update(sync=False, clearml=False, comet=False, dvc=False, mlflow=False, raytune=False)
+    kept: Any = switches
+    kept.update(sync=False, clearml=False, comet=False, dvc=False, mlflow=False, raytune=False)
     sys.modules["cv2"].setNumThreads(cv2_threads)  # a negative count means OpenCV's default
     torch.set_num_threads(torch_threads)
     if omp_threads is None:
@@ -63,9 +61,6 @@ P3_LAYER = 15  # the neck's /8 output in yolov8-seg.yaml
 WIDTHS = {16: "n", 32: "s", 48: "m", 64: "l", 80: "x"}  # channels of the first convolution
 MAX_MASKS = 300  # as ultralytics' max_det; keeps masks of a 1024 photo under 320 MB
 EDGE_SNAP = 0.03  # boxes ending this near the frame's edge (share of the side) reach it
-HARMLESS = {"pathlib.PosixPath", "pathlib.PurePosixPath", "pathlib.WindowsPath"}
-HARMLESS |= {"argparse.Namespace", "types.SimpleNamespace", "datetime.datetime"}
-WHERE = "use the shipped 'fastsam-n', or fetch official weights with 'evenlight weights fetch'"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,10 +81,10 @@ def load_segmenter(settings: RegionSettings, device: str | torch.device = "cpu")
 
     Raises EnvironmentLacks where the file is missing, is no FastSAM, or holds more than weights.
     """
-    shipped = files("evenlight.stages.weights") / f"{settings.segmenter}.safetensors"
-    path = Path(str(shipped)) if "/" not in settings.segmenter and shipped.is_file() else None
-    if path is None:
-        path = Path(settings.segmenter).expanduser()
+    path = Path(settings.segmenter).expanduser()
+    shipped = Path(str(files("evenlight.stages.weights") / f"{settings.segmenter}.safetensors"))
+    if path.name == settings.segmenter and shipped.is_file():
+        path = shipped
     if not path.is_file():
         raise EnvironmentLacks(f"FastSAM weights not found: {path} is not a file; {WHERE}")
     fingerprint = sha256(path.read_bytes()).hexdigest()
@@ -229,28 +224,30 @@ def load_network(path: Path) -> Any:
     The network is built here, by the width of the first convolution; the file only fills its
     tensors, so nothing that a file says is ever called.
     """
-    read = _safetensors if path.suffix == ".safetensors" else _checkpoint
-    weights = {name: tensor.float() for name, tensor in read(path).items()}
+    weights = read_weights(path)
     first, branch = (
-        weights.get(f"model.{name}.weight", torch.empty(0)).shape[:1]
+        (*weights.get(f"model.{name}.weight", torch.empty(0)).shape, 0)[0]
         for name in ("0.conv", "22.cv3.0.0.conv")
     )
-    width = WIDTHS.get(first[0])
+    width = WIDTHS.get(first)
     if width is None:
-        raise _unusable(path, f"its first convolution has {first[0]} channels, not {WIDTHS}")
-    network = _build(width, branch[0])
+        raise unusable(
+            path,
+            f"its first convolution has {first} channels, FastSAM's {', '.join(map(str, WIDTHS))}",
+        )
+    network = _build(width, branch)
     expected = {name: tensor.shape for name, tensor in network.state_dict().items()}
     found = {name: tensor.shape for name, tensor in weights.items()}
     wrong = sorted(n for n in expected.keys() | found.keys() if expected.get(n) != found.get(n))
     if wrong:
         name = wrong[0]
-        raise _unusable(
+        raise unusable(
             path,
             f"{len(wrong)} tensors differ from a one-class yolov8{width}-seg, first {name}: "
             f"expected {expected.get(name)}, got {found.get(name)}",
         )
     if bad := [name for name, tensor in weights.items() if not tensor.isfinite().all()]:
-        raise _unusable(path, f"{len(bad)} tensors hold NaN or infinity, first {bad[0]}")
+        raise unusable(path, f"{len(bad)} tensors hold NaN or infinity, first {bad[0]}")
     network.load_state_dict(weights)
     return network
 
@@ -269,60 +266,3 @@ def _build(width: str, class_branch: int) -> Any:
         for branch in head.cv3:
             branch[-1] = nn.Conv2d(branch[-1].in_channels, 1, 1)
     return network
-
-
-def _safetensors(path: Path) -> dict[str, Tensor]:
-    try:
-        with safe_open(path, framework="pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError) as error:
-        raise _unusable(path, f"it is not a safetensors file ({error})") from error
-
-
-class _Inert:
-    """Stands in for every class that a checkpoint names: keeps attributes, does nothing."""
-
-    def __new__(cls, *_: Any) -> "_Inert":
-        return super().__new__(cls)
-
-
-def _checkpoint(path: Path) -> dict[str, Tensor]:
-    """Tensors of the model in an ultralytics checkpoint, whose classes are never instantiated.
-
-    Constructors of ultralytics evaluate strings and fetch files, so even its own names are
-    read as inert records; a name from anywhere else is refused.
-    """
-    try:
-        with ZipFile(path) as archive:
-            if any(entry.compress_type != ZIP_STORED for entry in archive.infolist()):
-                raise _unusable(path, "its entries are compressed, which torch.save never does")
-        names = get_unsafe_globals_in_checkpoint(path)
-        allowed = ("ultralytics.", "torch.nn.")
-        if foreign := [n for n in names if not n.startswith(allowed) and n not in HARMLESS]:
-            raise _unusable(
-                path, f"it asks for {', '.join(sorted(foreign))}, which no weights need"
-            )
-        with safe_globals([(_Inert, name) for name in names]):
-            content = torch.load(path, map_location="cpu", weights_only=True)
-        model = content.get("ema") or content["model"]
-        return dict(_tensors(model))
-    except EnvironmentLacks:
-        raise
-    except Exception as error:  # a hostile file can make the reader fail in any way
-        raise _unusable(path, f"it is not an ultralytics checkpoint ({error})") from error
-
-
-def _tensors(module: Any, prefix: str = "", depth: int = 0) -> Iterator[tuple[str, Tensor]]:
-    """Parameters and buffers of a record of nn.Module, named as in a state_dict."""
-    if depth > 12:
-        raise ValueError("modules are nested more than 12 deep")
-    state = vars(module)
-    for name, tensor in [*state["_parameters"].items(), *state["_buffers"].items()]:
-        if tensor is not None:
-            yield prefix + name, tensor.detach()
-    for name, child in state["_modules"].items():
-        yield from _tensors(child, f"{prefix}{name}.", depth + 1)
-
-
-def _unusable(path: Path, reason: str) -> EnvironmentLacks:
-    return EnvironmentLacks(f"FastSAM weights {path} cannot be used: {reason}; {WHERE}")
