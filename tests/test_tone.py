@@ -32,7 +32,7 @@ def test_curves_rise_with_the_pixel_value_and_stay_in_range(family, t):
     y = tone.apply(family, RAMP, t)
     assert (y.diff() >= -1e-9).all()
     assert float(y[0]) == pytest.approx(0, abs=1e-9)
-    assert float(y.max()) <= 1 + 1e-9
+    assert float(y.max()) <= 1 + 1e-6
 
 
 @given(families, strengths, strengths)
@@ -60,7 +60,7 @@ def test_curves_equal_their_formulas_on_every_8_bit_value():
     x = torch.arange(256, dtype=torch.float64) / 255
     for t in (-2.0, -0.5, 0.3, 1.7):
         g = torch.tensor(t, dtype=torch.float64).exp()
-        w = x * (1 - (1 - math.exp(10 * min(t, 0))) / 510)  # white counts as 1 - 1/510 when darkened
+        w = x * (1 + math.expm1(10 * min(t, 0)) / 510)  # the white point when darkening
         expected = {
             "film": (1 - (1 - w ** (1 / 1.6)) ** g) ** 1.6,
             "ps": 1 - (1 - w) ** g,
