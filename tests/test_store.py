@@ -194,6 +194,7 @@ def test_the_digest_follows_content_and_not_the_order_of_writing(filled, tmp_pat
 def test_rewriting_a_part_drops_those_made_from_it_and_keeps_those_before(path):
     with Store.create_or_open(path) as store:
         before = store.record(1)
+        store.read(1, ["regions", "strength"])  # checked now, and so trusted until rewritten
         record = store.write_parts(1, photos_of(store, 1), data(["regions"], 7, "2"))
         assert list(record.parts) == ["photo", "regions"]
         assert record.parts["photo"] == before.parts["photo"]
@@ -349,6 +350,16 @@ def test_a_second_run_is_refused_and_readers_are_not(path):
             Store.create_or_open(path)
         assert Store.open(path).verify() == []
     Store.create_or_open(path).close()
+
+
+def test_litter_of_a_killed_run_goes_at_the_start_and_that_of_a_killed_worker_at_the_end(path):
+    before = path / "photo" / f".c.0.0.0.0.0011223344556677{files.TEMPORARY_SUFFIX}"
+    during = path / "evenlight" / "units" / f".000000.json.8899{files.TEMPORARY_SUFFIX}"
+    before.touch()
+    with Store.create_or_open(path):
+        assert not before.exists()
+        during.touch()
+    assert not during.exists()
 
 
 def test_workers_write_different_units_into_one_store(filled, tmp_path):
