@@ -134,12 +134,23 @@ class ArrayReader:
         store = LocalStore(folder, read_only=True)
         self._array = zarr.open_array(store, mode="r", zarr_format=3)
 
-    def __getitem__(self, slots: slice | np.ndarray) -> np.ndarray:
-        """Rows of the slots. Raises StoreError where a shard does not decode."""
+    def span(self, start: int, stop: int) -> np.ndarray:
+        """Rows from start up to stop. Raises StoreError where a shard does not decode."""
         try:
-            return np.asarray(self._array.oindex[slots])
+            return np.asarray(self._array[start:stop])
         except Exception as error:  # zarr and its codecs have no common base of errors
             raise StoreError(f"{self.folder} does not decode: {error}") from error
+
+    def pick(self, slots: np.ndarray) -> np.ndarray:
+        """Rows of the slots, in any order, each read once from its shard.
+
+        Not through zarr's integer indexing: 2.6 s against 0.04 s for 8 photos of 512x512x3.
+        """
+        unique, order = np.unique(slots, return_inverse=True)
+        rows = np.empty((len(unique), *self.shape[1:]), self.dtype)
+        for row, slot in enumerate(unique.tolist()):
+            rows[row] = self.span(slot, slot + 1)[0]
+        return rows[order]
 
 
 def _sealed(document: Mapping[str, Any], about: Mapping[str, Any]) -> Document:

@@ -225,13 +225,13 @@ class Store:
         """
         start = unit * self.index.unit_size
         stop = start + self.index.unit_size
-        return {name: self._decode(name, [unit], slice(start, stop)) for name in arrays}
+        return {name: self._checked(name, [unit]).span(start, stop) for name in arrays}
 
     def rows(self, array: str, slots: Sequence[int] | np.ndarray) -> np.ndarray:
         """Single photos' rows of one array, in the order asked. Checked as `read` does."""
         slots = np.asarray(slots, dtype=np.int64)
         units = np.unique(slots // self.index.unit_size).tolist()
-        return self._decode(array, units, slots)
+        return self._checked(array, units).pick(slots)
 
     def slots(self, part: str) -> list[int]:
         """Slots of usable photos: status ok, named by the index, in a unit that holds part."""
@@ -350,13 +350,13 @@ class Store:
             stored[name] = StoredArray(len(data), files.sha256_bytes(data), shape[1:], dtype)
         return stored
 
-    def _decode(self, name: str, units: Iterable[int], slots: slice | np.ndarray) -> np.ndarray:
+    def _checked(self, name: str, units: Iterable[int]) -> shards.ArrayReader:
         reader = self._array(name)
         for unit in units:
             if (name, unit) not in self._trusted:
                 self._check(unit, name, reader)
                 self._trusted.add((name, unit))
-        return reader[slots]
+        return reader
 
     def _check(self, unit: int, name: str, reader: shards.ArrayReader) -> None:
         try:
