@@ -137,7 +137,10 @@ def _decode_8_bit(data: bytes, header: Header, metadata: Metadata) -> Photo:
     # Only the plugin of the format that was checked may look at the bytes.
     image: Image.Image = Image.open(io.BytesIO(data), formats=(header.format.upper(),))
     if image.size != (header.width, header.height):
-        raise PhotoError(f"its headers disagree about its size: {image.size} pixels or not")
+        raise PhotoError(
+            f"its headers disagree about its size: {header.width} x {header.height} pixels"
+            f" or {image.width} x {image.height}"
+        )
     image.load()
     encoding = Encoding(lossless=b"VP8L" in data[12:4096])
     if isinstance(image, JpegImagePlugin.JpegImageFile) and image.mode in ("L", "RGB"):

@@ -18,6 +18,7 @@ from evenlight.cache.errors import PhotoError
 from evenlight.stages.tiff_tags import Ifd, read_ifds, refuse_missing_strips
 
 MIN_SIDE = 16  # pixels; nothing smaller has regions
+_MIN_BYTES = 32  # every format needs more, and headers are read without further care
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 # A marker inside JPEG scan data: 0xFF not followed by stuffing, a restart marker or fill.
 _SCAN_MARKER = re.compile(rb"\xff[^\x00\xd0-\xd7\xff]")
@@ -44,6 +45,8 @@ def read_header(data: bytes, name: str) -> Header:
     """
     if not data:
         raise PhotoError("the file is empty (0 bytes)")
+    if len(data) < _MIN_BYTES:
+        raise PhotoError(f"the file has {len(data)} bytes: it is truncated, or no photo")
     try:
         if data.startswith(b"\xff\xd8\xff"):
             return _jpeg_header(data)
@@ -149,8 +152,8 @@ def _jpeg_header(data: bytes) -> Header:
                 raise PhotoError(f"a JPEG of {bits} bits per sample; only 8 can be read")
             return Header(format="jpeg", width=width, height=height)
         if marker in (0xD9, 0xDA):
-            break
-    raise PhotoError("a JPEG without a frame header: it is damaged")
+            raise PhotoError("a JPEG without a frame header: it is damaged")
+    raise PhotoError("the JPEG ends before its frame header: it is truncated")
 
 
 def _walk_jpeg(data: bytes) -> None:
@@ -277,4 +280,4 @@ def _what_it_is_instead(data: bytes, name: str) -> str:
 
 
 def _printable(raw: bytes) -> str:
-    return raw.decode("ascii", "backslashreplace").encode("unicode_escape").decode("ascii")
+    return raw.decode("latin-1").encode("unicode_escape").decode("ascii")

@@ -10,7 +10,7 @@ import h5py
 import numpy as np
 import pytest
 import tifffile
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageCms
 
@@ -101,6 +101,7 @@ BYTES = st.binary(min_size=1, max_size=12).filter(lambda raw: not set(raw) & {0,
 
 @settings(max_examples=60, deadline=None)
 @given(st.sets(BYTES, min_size=1, max_size=5))
+@example({b"\xe9", rb"\xe9", rb"\\xe9"})
 def test_any_file_name_survives_json_and_none_collide(tmp_path_factory, stems: set[bytes]) -> None:
     folder = tmp_path_factory.mktemp("names")
     for stem in stems:

@@ -123,6 +123,33 @@ def bit_flips() -> list[Case]:
     return cases
 
 
+def without_last_strip(data: bytes) -> bytes:
+    """A whole TIFF of several strips whose directory leaves out the last one."""
+    shortened = bytearray(data)
+    with tifffile.TiffFile(io.BytesIO(data)) as file:
+        for tag in (273, 279):
+            entry = file.pages[0].tags[tag]
+            assert entry.count > 2
+            struct.pack_into("<I", shortened, entry.offset + 4, entry.count - 1)
+    return bytes(shortened)
+
+
+def with_chunk(data: bytes, kind: bytes, content: bytes) -> bytes:
+    """A PNG with a chunk more, behind its header."""
+    return data[:33] + png_chunk(kind, content) + data[33:]
+
+
+def two_frame_headers(data: bytes) -> bytes:
+    """A whole JPEG behind another, smaller frame header."""
+    return data[:2] + jpeg_header(64, 48)[2:-2] + data[2:]
+
+
+def two_headers(data: bytes) -> bytes:
+    """A whole PNG behind another header that says it is smaller."""
+    smaller = png_chunk(b"IHDR", struct.pack(">II", 64, 48) + data[24:29])
+    return data[:8] + smaller + data[8:]
+
+
 def other_content() -> list[Case]:
     small = Image.fromarray(picture(60, 80, 3))
     animated = {"save_all": True, "append_images": [Image.fromarray(picture(60, 80, 3, seed=1))]}
@@ -144,6 +171,16 @@ def other_content() -> list[Case]:
         "cmyk16.tif": tiff(deep, photometric="separated"),
         "short.png": png(zlib.compress(bytes(60 * 81)), 80, 60, 8, 2),
         "short16.png": png(zlib.compress(bytes(60 * 81)), 80, 60, 16, 2),
+        "missing-strip16.tif": without_last_strip(base_files()["sixteen.tif"]),
+        "missing-strip.tif": without_last_strip(
+            tiff(picture(60, 80, 3), photometric="rgb", rowsperstrip=16)
+        ),
+        "missing-strip16-plain.tif": without_last_strip(
+            tiff(deep[..., :3], photometric="rgb", rowsperstrip=16)
+        ),
+        "cut-text.tif": tiff_header(16, 16, text=b"A view of the harbour at dusk")[:-9],
+        "two-headers.png": two_headers(saved(small, "PNG")),
+        "two-frames.jpg": two_frame_headers(saved(small, "JPEG")),
         "1x1.png": saved(Image.new("RGB", (1, 1)), "PNG"),
         "1x1.jpg": saved(Image.new("RGB", (1, 1)), "JPEG"),
         "1x20000.png": saved(Image.new("RGB", (1, 20000)), "PNG"),
@@ -187,6 +224,10 @@ def good_oddities() -> list[Case]:
         ),
         "tiles16.tif": tiff(deep[..., :3], photometric="rgb", tile=(16, 16)),
         "big16.tif": tiff(deep[..., :3], photometric="rgb", bigtiff=True),
+        "described.tif": tiff_header(16, 16, text=b"A view of the harbour at dusk"),
+        "big-text.png": with_chunk(
+            saved(colour, "PNG"), b"zTXt", b"x\0\0" + zlib.compress(bytes(3 << 20))
+        ),
         "trailing.jpg": saved(colour, "JPEG") + b"a motion photo's video",
         "long.png": saved(Image.fromarray(picture(16, 2000, 3)), "PNG"),
     }
@@ -247,7 +288,7 @@ def test_six_hundred_malformed_and_odd_files_each_end_in_their_class(tmp_path: P
     for case in cases:
         if case.truncated:
             reason = reasons[os.fsdecode(case.name)]
-            assert len(reason.split()) >= 4 and str(tmp_path) not in reason, (case.name, reason)
+            assert "truncated" in reason and str(tmp_path) not in reason, (case.name, reason)
     growth_kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - peak_before
     assert growth_kib < 1 << 20
 
@@ -257,14 +298,19 @@ def jpeg_header(width: int, height: int, marker: int = 0xC0) -> bytes:
     return b"\xff\xd8" + frame + b"\1\x11\0\2\x11\0\3\x11\0" + b"\xff\xd9"
 
 
-def tiff_header(width: int, height: int, bits: int = 8, repeated: tuple[int, ...] = ()) -> bytes:
-    """One strip of nothing; repeated: a second, lying width and height."""
-    tags = [(256, 4, width), (257, 4, height), (258, 3, bits), (259, 3, 1), (262, 3, 1)]
-    tags += [(273, 4, 8), (277, 3, 1), (278, 4, height), (279, 4, 100)]
-    tags += [(256 + i, 4, side) for i, side in enumerate(repeated)]
-    entries = b"".join(struct.pack("<HHII", tag, kind, 1, value) for tag, kind, value in tags)
-    head = b"II*\0" + struct.pack("<I", 108) + bytes(100)
-    return head + struct.pack("<H", len(tags)) + entries + bytes(4)
+def tiff_header(
+    width: int, height: int, bits: int = 8, repeated: tuple[int, ...] = (), text: bytes = b""
+) -> bytes:
+    """One plain gray strip of 256 bytes; repeated: a second, lying width and height; text: a
+    description, stored last."""
+    tags = [(256, 4, 1, width), (257, 4, 1, height), (258, 3, 1, bits), (259, 3, 1, 1)]
+    tags += [(262, 3, 1, 1), (273, 4, 1, 8), (277, 3, 1, 1), (278, 4, 1, height), (279, 4, 1, 256)]
+    tags += [(256 + i, 4, 1, side) for i, side in enumerate(repeated)]
+    if text:
+        tags += [(270, 2, len(text), 264 + 2 + 12 * (len(tags) + 1) + 4)]
+    entries = b"".join(struct.pack("<HHII", *tag) for tag in tags)
+    head = b"II*\0" + struct.pack("<I", 264) + bytes(256)
+    return head + struct.pack("<H", len(tags)) + entries + bytes(4) + text
 
 
 def bigtiff_header(width: int, height: int) -> bytes:
@@ -404,7 +450,7 @@ def test_a_damaged_exif_block_or_profile_costs_the_note_and_not_the_photo() -> N
     assert photo.metadata.exif is None
     assert "EXIF block is damaged" in photo.metadata.notes[0]
     whole = saved(colour, "PNG")
-    bad_profile = whole[:33] + png_chunk(b"iCCP", b"x\0\0not deflate") + whole[33:]
+    bad_profile = with_chunk(whole, b"iCCP", b"x\0\0not deflate")
     photo = decode(bad_profile, "a.png")
     assert photo.metadata.icc is None
     assert "colour profile is damaged" in photo.metadata.notes[0]
