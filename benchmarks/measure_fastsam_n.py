@@ -5,8 +5,8 @@
 Prints, for EV -2, 0, +2, with and without the mean-luma rule that the pipeline applies first:
 segmentation covering (Arbelaez et al. 2011: every segment of a person's map by its best overlap
 with a region, weighted by area; mean over people, then photos), the share of pixels that some
-region covers, regions per photo, and processor seconds per photo on one thread.  BSDS500 holds val/*.jpg
-and groundTruth/val/*.mat.
+region covers, regions per photo, and processor seconds per photo on one thread.  BSDS500 holds
+val/*.jpg and groundTruth/val/*.mat.
 """
 
 import argparse

@@ -225,7 +225,7 @@ def test_the_network_is_run_as_ultralytics_runs_it(segmenter):
         (decoded, proto), _ = network(photo)
         outputs = segmenter._run(photo, 21)
         ours = segmenter._detections(outputs, 128, 160)
-    assert torch.equal(segmenter.features(photo)[0], proto)
+    assert torch.allclose(segmenter.features(photo)[0], proto, atol=1e-4)
     x, y, w, h, score = decoded[0, :5]
     boxes = torch.stack([x - w / 2, y - h / 2, x + w / 2, y + h / 2], 1)
     boxes = fastsam._snapped(boxes, 128, 160)
