@@ -142,14 +142,17 @@ class ArrayReader:
             raise StoreError(f"{self.folder} does not decode: {error}") from error
 
     def pick(self, slots: np.ndarray) -> np.ndarray:
-        """Rows of the slots, in any order, each read once from its shard.
+        """Rows of the slots, in any order; neighbours are read together.
 
         Not through zarr's integer indexing: 2.6 s against 0.04 s for 8 photos of 512x512x3.
         """
         unique, order = np.unique(slots, return_inverse=True)
         rows = np.empty((len(unique), *self.shape[1:]), self.dtype)
-        for row, slot in enumerate(unique.tolist()):
-            rows[row] = self.span(slot, slot + 1)[0]
+        first = 0
+        for run in np.split(unique, np.flatnonzero(np.diff(unique) > 1) + 1):
+            if len(run):
+                rows[first : first + len(run)] = self.span(int(run[0]), int(run[-1]) + 1)
+            first += len(run)
         return rows[order]
 
 

@@ -126,10 +126,11 @@ def test_what_was_written_is_read_back(filled):
 
 def test_single_photos_are_read_in_the_order_asked(filled):
     store = Store.open(filled)
-    slots = [9, 0, 5, 0]
-    for spec in SPECS:
-        everything = np.concatenate([rows(spec, unit) for unit in range(3)])
-        np.testing.assert_array_equal(store.rows(spec.name, slots), everything[slots])
+    for slots in ([9, 0, 5, 0], [4, 3, 2, 8], [7], range(10), []):
+        slots = np.array(slots, dtype=int)
+        for spec in SPECS:
+            everything = np.concatenate([rows(spec, unit) for unit in range(3)])
+            np.testing.assert_array_equal(store.rows(spec.name, slots), everything[slots])
 
 
 def test_any_zarr_client_reads_the_store_and_lists_it_without_a_warning(filled):
