@@ -134,7 +134,10 @@ def train(
     with progress() as on_progress:
         result = run(store, out, settings=settings, on_progress=on_progress)
     if not as_json:
-        stderr.print(result.summary())
+        stderr.print(
+            f"{result.folder}: {result.steps} steps, {result.seconds_per_step:.2f} s each; best at "
+            f"step {result.best_step}, {result.best_psnr:.2f} dB to held-out pseudo-GT"
+        )
     emit(result, as_json)
 
 

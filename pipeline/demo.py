@@ -59,7 +59,9 @@ def demo(
 ) -> DemoResult:
     """Run every step in `out` and write report.html there.  overrides: settings, key=value."""
     settings = config.build(overrides=["train.steps=240", "train.validate_every=60", *overrides])
-    originals = {Path(name).stem: _installed_photo(*where) for where in photos for name in where[1:]}
+    originals = {
+        Path(name).stem: _installed_photo(*where) for where in photos for name in where[1:]
+    }
     _write_inputs(out, originals)
     store, run = out / "priors.zarr", out / "run"
     precompute(out / "photos", store, settings=settings, on_progress=on_progress)
@@ -73,8 +75,10 @@ def demo(
     notes = [
         f"A small run: {result.steps} training steps on re-exposed copies of "
         f"{len(originals) - len(HELD_OUT)} photos; the table is measured on the held-out photos "
-        f"{' and '.join(HELD_OUT)}.  Tuned prompts were "
-        f"{'accepted' if tuned.accepted else 'not accepted by their own check; the untuned stayed'}.",
+        f"{' and '.join(HELD_OUT)}.",
+        "Tuned prompts passed their own check and are in force."
+        if tuned.accepted
+        else "Tuned prompts did not pass their own check, so the untuned ones stay in force.",
     ]
     write_report(
         out / "report.html",

@@ -27,7 +27,7 @@ figcaption { font-size: .85rem; color: #555; }
 
 @dataclass(frozen=True, kw_only=True)
 class Example:
-    """One photo of the page.  Pictures uint8 H,W,3; regions uint8 H,W; strength of the pseudo-GT."""
+    """One photo of the page.  Pictures: uint8 H,W,3.  regions: uint8 H,W labels."""
 
     name: str
     before: np.ndarray

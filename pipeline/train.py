@@ -5,8 +5,10 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from evenlight.cache.errors import StoreError, UsageError
+from evenlight.cache.files import atomic_write
 from evenlight.cache.store import Store
 from evenlight.pipeline import config
 from evenlight.pipeline.models import Models, choose_device, load_models
@@ -16,7 +18,7 @@ from evenlight.pipeline.prompts import store_scorer
 from evenlight.stages.corrector.inputs import at_working_size
 from evenlight.stages.corrector.training import Frozen, TrainingData, TrainResult
 from evenlight.stages.corrector.training import train as run_training
-from evenlight.stages.pixels import resize, to_bytes, to_float
+from evenlight.stages.pixels import resize, to_float
 from evenlight.stages.settings import Settings
 
 
@@ -47,24 +49,21 @@ def train(
         return scorer.logits(clip.embed(rgb_B3HW))
 
     out.mkdir(parents=True, exist_ok=True)
-    (out / "settings.toml").write_text(config.to_toml(settings), encoding="utf-8")
-    info = {
-        "settings": config.to_dict(settings),
-        "priors": priors_of(models, scorer.fingerprint),
-        "store": digest,
-        "photos": len(data.photo),
-    }
+    atomic_write(out / "settings.toml", config.to_toml(settings).encode())
     return run_training(
         data,
         Frozen(features=models.segmenter.features, logits=logits),
         settings,
         out,
-        p3_channels=models.segmenter.p3_channels,
-        info=info,
-        extra_tensors={f"scorer.{k}": v for k, v in scorer.to_tensors().items()},
+        info={
+            "settings": config.to_dict(settings),
+            "priors": priors_of(models, scorer.fingerprint),
+            "store": digest,
+        },
+        extra={f"scorer.{name}": tensor for name, tensor in scorer.to_tensors().items()},
         resume=resume,
         device=device,
-        on_progress=lambda step: on_progress("steps", step, settings.train.steps),
+        on_progress=lambda step, steps, record: on_progress("steps", step, steps),
     )
 
 
@@ -91,10 +90,10 @@ def refuse_stale(store: Store, settings: Settings, models: Models, prompts: str)
 
 
 def load_data(store: Store, size: int, device: str, on_progress: Progress = silent) -> TrainingData:
-    """Every usable photo and its priors at the working size, on the device where they fit.
+    """Every usable photo and its priors at the working size, moved to the device once.
 
-    size: side of the square canvas, pixels.  Uses 56 bytes per pixel or less; where the device
-    lacks the room they stay in host memory and each batch is copied.
+    size: side of the square canvas, pixels; a photo takes about 15 bytes per pixel of it.
+    Raises UsageError where the device lacks the room.
     """
     slots = np.array(store.slots("pseudo_gt"))
     if not len(slots):
@@ -109,8 +108,10 @@ def load_data(store: Store, size: int, device: str, on_progress: Progress = sile
             _fill(tensors, done, {name: rows[name][row] for name in names}, size)
             done += 1
         on_progress("photos loaded", done, len(slots))
-    data = TrainingData(**tensors)
-    return data.to(device) if _fits(tensors, device) else data
+    _refuse_what_does_not_fit(tensors, device)
+    names_ok = [str(store.index.names[slot]) for slot in slots]
+    moved = {name: tensor.to(device) for name, tensor in tensors.items()}
+    return TrainingData(**moved, names=names_ok)
 
 
 def _empty(count: int, size: int, p3_channels: int) -> dict[str, Tensor]:
@@ -131,30 +132,40 @@ def _fill(tensors: dict[str, Tensor], place: int, row: dict[str, np.ndarray], si
     """Bring one photo's cached arrays to the working size and put them in their place."""
     height, width = (int(side) for side in row["extent"])
     full, quarter, eighth = ((slice(0, height // n), slice(0, width // n)) for n in (1, 4, 8))
-    maps = at_working_size(
+    photo, proto, p3 = at_working_size(
         row["photo"][full],
         torch.from_numpy(row["proto"][:, *quarter])[None].float(),
         torch.from_numpy(row["p3"][:, *eighth])[None].float(),
         size,
     )
-    photo, proto, p3 = maps
     h, w = photo.shape[2:]
     target = resize(to_float(row["pseudo_gt"][full]), h, w)
     labels = torch.from_numpy(row["regions"][full])[None, None].float()
     confidence = torch.from_numpy(row["confidence"][quarter])[None, None].float()
-    tensors["photo"][place, :, :h, :w] = (photo[0] * 255).round().byte()
+    tensors["photo"][place] = _on_canvas(photo * 255, size).round().byte()
     tensors["extent"][place] = torch.tensor([h, w])
-    tensors["proto"][place, :, : h // 4, : w // 4] = proto[0].half()
-    tensors["p3"][place, :, : h // 8, : w // 8] = p3[0].half()
-    tensors["regions"][place, :h, :w] = resize(labels, h, w, "nearest")[0, 0].byte()
-    tensors["pseudo_gt"][place, :, :h, :w] = to_bytes(target).permute(2, 0, 1)
-    tensors["confidence"][place, : h // 4, : w // 4] = resize(confidence, h // 4, w // 4)[0, 0]
+    tensors["proto"][place] = _on_canvas(proto, size // 4).half()
+    tensors["p3"][place] = _on_canvas(p3, size // 8).half()
+    tensors["regions"][place] = _on_canvas(resize(labels, h, w, "nearest"), size)[0].byte()
+    tensors["pseudo_gt"][place] = _on_canvas(target.clamp(0, 1) * 255, size).round().byte()
+    tensors["confidence"][place] = _on_canvas(resize(confidence, h // 4, w // 4), size // 4)[0]
     tensors["well_exposed"][place] = bool(row["strength"] == 0)
 
 
-def _fits(tensors: dict[str, Tensor], device: str) -> bool:
-    """Whether the tensors take at most 60 % of the device's free memory."""
+def _on_canvas(map_1Chw: Tensor, side: int) -> Tensor:
+    """A map top-left on a square canvas, its edges repeated.  1,C,h,w -> C,side,side."""
+    below, right = side - map_1Chw.shape[2], side - map_1Chw.shape[3]
+    return F.pad(map_1Chw, (0, right, 0, below), mode="replicate")[0]
+
+
+def _refuse_what_does_not_fit(tensors: dict[str, Tensor], device: str) -> None:
+    """The tensors may take at most 60 % of the device's free memory; training needs the rest."""
     if device == "cpu":
-        return True
+        return
     free, _ = torch.cuda.mem_get_info(device)
-    return sum(tensor.nbytes for tensor in tensors.values()) < 0.6 * free
+    needed = sum(tensor.nbytes for tensor in tensors.values())
+    if needed > 0.6 * free:
+        raise UsageError(
+            f"the photos take {needed / 2**30:.1f} GiB at train.size, {device} has "
+            f"{free / 2**30:.1f} GiB free: lower train.size or train on fewer photos"
+        )
