@@ -4,6 +4,7 @@ import io
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 import cv2
 import h5py
@@ -18,14 +19,14 @@ from evenlight.cache.errors import PhotoError, UsageError
 from evenlight.stages.images import Extent, decode, find_photos, list_photos, place, working
 
 
-def saved(pixels: np.ndarray | Image.Image, format: str, **options: object) -> bytes:
+def saved(pixels: np.ndarray | Image.Image, format: str, **options: Any) -> bytes:
     image = pixels if isinstance(pixels, Image.Image) else Image.fromarray(pixels)
     stream = io.BytesIO()
     image.save(stream, format, **options)
     return stream.getvalue()
 
 
-def tiff(samples: np.ndarray, **options: object) -> bytes:
+def tiff(samples: np.ndarray, **options: Any) -> bytes:
     stream = io.BytesIO()
     tifffile.imwrite(stream, samples, metadata=None, **options)
     return stream.getvalue()
@@ -102,7 +103,9 @@ BYTES = st.binary(min_size=1, max_size=12).filter(lambda raw: not set(raw) & {0,
 @settings(max_examples=60, deadline=None)
 @given(st.sets(BYTES, min_size=1, max_size=5))
 @example({b"\xe9", rb"\xe9", rb"\\xe9"})
-def test_any_file_name_survives_json_and_none_collide(tmp_path_factory, stems: set[bytes]) -> None:
+def test_any_file_name_survives_json_and_none_collide(
+    tmp_path_factory: pytest.TempPathFactory, stems: set[bytes]
+) -> None:
     folder = tmp_path_factory.mktemp("names")
     for stem in stems:
         Path(os.fsdecode(os.fsencode(folder) + b"/x" + stem + b".jpg")).touch()
@@ -198,25 +201,26 @@ def test_every_layout_of_a_tiff_gives_the_same_pixels(
     channels: int, dtype: type, layout: str
 ) -> None:
     samples = noise(48, 64, channels, dtype=dtype)
-    options = {
+    layouts: dict[str, dict[str, Any]] = {
         "plain": {},
         "deflate": {"compression": "zlib", "predictor": True},
         "separate planes": {"planarconfig": "separate"},
         "tiles": {"tile": (16, 16)},
         "big-endian": {"byteorder": ">"},
-    }[layout]
+    }
+    options = layouts[layout]
     stored = samples.squeeze()
     if layout == "separate planes":
         stored = np.moveaxis(stored, 2, 0)
     elif channels > 1:
         options = {"planarconfig": "contig", **options}
-    extra = {"extrasamples": ["unassalpha"]} if channels in (2, 4) else {}
+    extra: dict[str, Any] = {"extrasamples": ["unassalpha"]} if channels in (2, 4) else {}
     photometric = "rgb" if channels >= 3 else "minisblack"
     photo = decode(tiff(stored, photometric=photometric, **options, **extra), "a.tif")
     assert photo.bit_depth == samples.itemsize * 8 and photo.gray == (channels <= 2)
     assert (photo.pixels == samples[..., : 3 if channels >= 3 else 1]).all()
     if channels in (2, 4):
-        assert (photo.alpha == samples[..., -1]).all()
+        assert photo.alpha is not None and np.array_equal(photo.alpha, samples[..., -1])
     else:
         assert photo.alpha is None
 
@@ -235,7 +239,7 @@ def test_colours_multiplied_by_alpha_are_divided_again() -> None:
     stored = np.concatenate([plain * alpha // 65535, alpha], axis=2).astype(np.uint16)
     photo = decode(tiff(stored, photometric="rgb", extrasamples=["assocalpha"]), "a.tif")
     assert np.abs(photo.pixels.astype(int) - plain).max() <= 4
-    assert (photo.alpha == 16384).all()
+    assert photo.alpha is not None and (photo.alpha == 16384).all()
 
 
 @pytest.mark.parametrize("channels", [1, 3, 4])
@@ -245,7 +249,10 @@ def test_sixteen_bit_png_is_exact(channels: int) -> None:
     photo = decode(cv2.imencode(".png", stored)[1].tobytes(), "a.png")
     assert photo.bit_depth == 16 and photo.gray == (channels == 1)
     assert (photo.pixels == samples[..., :3]).all()
-    assert photo.alpha is None if channels < 4 else (photo.alpha == samples[..., 3]).all()
+    if channels == 4:
+        assert photo.alpha is not None and np.array_equal(photo.alpha, samples[..., 3])
+    else:
+        assert photo.alpha is None
 
 
 def test_palettes_and_transparent_colours_become_rgb_and_alpha() -> None:
@@ -259,7 +266,7 @@ def test_palettes_and_transparent_colours_become_rgb_and_alpha() -> None:
 def test_cmyk_goes_to_srgb_and_its_profile_does_not_stay() -> None:
     profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()  # unfit: RGB
     picture = Image.new("CMYK", (32, 24), (0, 255, 255, 0))
-    for options in ({}, {"icc_profile": profile}):
+    for options in (dict[str, Any](), {"icc_profile": profile}):
         photo = decode(saved(picture, "JPEG", **options), "a.jpg")
         assert photo.metadata.icc is None and not photo.gray
         assert (photo.pixels[..., 0] > 200).all() and (photo.pixels[..., 1:] < 60).all()

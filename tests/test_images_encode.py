@@ -5,6 +5,7 @@ import os
 import struct
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
@@ -52,7 +53,7 @@ def exif(orientation: int = 6, thumbnail: bytes = b"") -> bytes:
     return bytes(linked) + directory + thumbnail
 
 
-def camera_file(format: str, **options: object) -> bytes:
+def camera_file(format: str, **options: Any) -> bytes:
     """60 x 80 pixels of a camera held upright (orientation 6), with all the metadata it can."""
     stream = io.BytesIO()
     if format != "TIFF":
@@ -73,14 +74,14 @@ def camera_file(format: str, **options: object) -> bytes:
     return stream.getvalue()
 
 
-def exif_of(data: bytes) -> tuple[dict, dict, dict]:
+def exif_of(data: bytes) -> tuple[dict[int, Any], dict[int, Any], dict[int, Any]]:
     """IFD0, Exif and GPS directories, as another reader finds them."""
     with Image.open(io.BytesIO(data)) as image:
         found = image.getexif()
         return dict(found), dict(found.get_ifd(34665)), dict(found.get_ifd(34853))
 
 
-KINDS = {
+KINDS: dict[str, dict[str, Any]] = {
     "JPEG": {"quality": 92},
     "PNG": {},
     "WEBP": {"lossless": True},
@@ -124,8 +125,8 @@ def test_sixteen_bit_tiff_keeps_its_exif_profile_and_pixels() -> None:
     assert again.bit_depth == 16 and (again.pixels == pixels).all()
     assert again.metadata.icc == SRGB and again.metadata.dpi == (300, 300)
     with tifffile.TiffFile(io.BytesIO(data)) as file:  # Pillow cannot show 16-bit colour
-        tags = file.pages[0].tags
-        assert file.pages[0].dtype == np.uint16 and (file.asarray() == pixels).all()
+        tags = file.pages.first.tags
+        assert file.pages.first.dtype == np.uint16 and (file.asarray() == pixels).all()
         assert (tags[271].value, tags[274].value) == ("Maker", 1)
         assert tags[34665].value["ISOSpeedRatings"] == 400
         assert tags[34665].value["MakerNote"] == NOTE
@@ -137,7 +138,8 @@ def test_sixteen_bit_png_keeps_its_metadata_for_other_readers() -> None:
     photo = replace(decode(camera_file("PNG"), "a"), pixels=pixels, bit_depth=16)
     data = encoded(photo)
     buffer = np.frombuffer(data, np.uint8)
-    assert (cv2.imdecode(buffer, cv2.IMREAD_UNCHANGED)[..., ::-1] == pixels).all()
+    stored = cv2.imdecode(buffer, cv2.IMREAD_UNCHANGED)
+    assert stored is not None and (stored[..., ::-1] == pixels).all()
     with Image.open(io.BytesIO(data)) as image:
         assert image.info["icc_profile"] == SRGB
         assert image.info["dpi"] == pytest.approx((300, 300), abs=0.01)
@@ -167,6 +169,8 @@ def test_a_jpeg_keeps_its_tables_and_subsampling(quality: int, subsampling: str)
     Image.fromarray(smooth(60, 80)).save(stream, "JPEG", quality=quality, subsampling=subsampling)
     written = encoded(decode(stream.getvalue(), "a"))
     with Image.open(stream) as before, Image.open(io.BytesIO(written)) as after:
+        assert isinstance(before, JpegImagePlugin.JpegImageFile)
+        assert isinstance(after, JpegImagePlugin.JpegImageFile)
         assert after.quantization == before.quantization
         assert JpegImagePlugin.get_sampling(after) == JpegImagePlugin.get_sampling(before)
 
@@ -235,8 +239,10 @@ def test_lossless_formats_give_back_every_pixel(
     assert again.format == ("png" if format == "array" else format)
     assert again.bit_depth == depth and again.pixels.dtype == dtype
     assert (again.pixels == photo.pixels).all()
-    assert (again.alpha is None) == (alpha is None)
-    assert alpha is None or (again.alpha == alpha).all()
+    if alpha is None:
+        assert again.alpha is None
+    else:
+        assert again.alpha is not None and np.array_equal(again.alpha, alpha)
     if format != "webp" and not (depth == 16 and has_alpha and format != "tiff"):
         assert again.gray == gray  # WebP has no gray, OpenCV no gray with alpha of 16 bits
 

@@ -12,6 +12,7 @@ import zlib
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
@@ -44,13 +45,13 @@ def picture(*shape: int, dtype: type = np.uint8, seed: int = 0) -> np.ndarray:
     return np.clip(smooth + rng.normal(0, top / 50, shape), 0, top).astype(dtype)
 
 
-def saved(image: Image.Image, format: str, **options: object) -> bytes:
+def saved(image: Image.Image, format: str, **options: Any) -> bytes:
     stream = io.BytesIO()
     image.save(stream, format, **options)
     return stream.getvalue()
 
 
-def tiff(samples: np.ndarray, **options: object) -> bytes:
+def tiff(samples: np.ndarray, **options: Any) -> bytes:
     stream = io.BytesIO()
     tifffile.imwrite(stream, samples, metadata=None, **options)
     return stream.getvalue()
@@ -111,7 +112,7 @@ def truncations() -> list[Case]:
 
 def bit_flips() -> list[Case]:
     rng = random.Random(0)
-    cases = []
+    cases: list[Case] = []
     for name, data in base_files().items():
         for _ in range(FLIPS):
             flipped = bytearray(data)
@@ -128,7 +129,7 @@ def without_last_strip(data: bytes) -> bytes:
     shortened = bytearray(data)
     with tifffile.TiffFile(io.BytesIO(data)) as file:
         for tag in (273, 279):
-            entry = file.pages[0].tags[tag]
+            entry = file.pages.first.tags[tag]
             assert entry.count > 2
             struct.pack_into("<I", shortened, entry.offset + 4, entry.count - 1)
     return bytes(shortened)
@@ -152,7 +153,10 @@ def two_headers(data: bytes) -> bytes:
 
 def other_content() -> list[Case]:
     small = Image.fromarray(picture(60, 80, 3))
-    animated = {"save_all": True, "append_images": [Image.fromarray(picture(60, 80, 3, seed=1))]}
+    animated: dict[str, Any] = {
+        "save_all": True,
+        "append_images": [Image.fromarray(picture(60, 80, 3, seed=1))],
+    }
     deep = picture(60, 80, 4, dtype=np.uint16)
     contents = {
         "empty.jpg": b"",
@@ -276,8 +280,8 @@ def test_six_hundred_malformed_and_odd_files_each_end_in_their_class(tmp_path: P
             outcome, reasons[source.output_name] = REFUSED, str(error)
         assert time.monotonic() - start < 5
         classes[outcome] += 1
-        case = expected.get(source.output_name)
-        if case is not None and case.expected not in (outcome, EITHER):
+        known = expected.get(source.output_name)
+        if known is not None and known.expected not in (outcome, EITHER):
             wrong.append((source.name, outcome, reasons.get(source.output_name)))
 
     assert not wrong
@@ -358,7 +362,7 @@ def real_bombs() -> list[bytes]:
     swelling = tiff(picture(3, 64, 64, dtype=np.uint16), photometric="rgb", planarconfig="separate",
                     compression="zlib", rowsperstrip=64)  # fmt: skip
     with tifffile.TiffFile(io.BytesIO(swelling)) as file:
-        offsets, counts = file.pages[0].tags[273], file.pages[0].tags[279]
+        offsets, counts = file.pages.first.tags[273], file.pages.first.tags[279]
         assert offsets.count == counts.count == 3 and offsets.dtype == counts.dtype == 4
         patched = bytearray(swelling + packed)
         struct.pack_into("<I", patched, offsets.valueoffset, len(swelling))
