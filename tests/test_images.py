@@ -1,6 +1,5 @@
 """Photos are found, decoded as they look, and placed on the canvas."""
 
-import io
 import json
 import os
 from pathlib import Path
@@ -10,26 +9,13 @@ import cv2
 import h5py
 import numpy as np
 import pytest
-import tifffile
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from photo_makers import saved, tiff
 from PIL import Image, ImageCms
 
 from evenlight.cache.errors import PhotoError, UsageError
 from evenlight.stages.images import Extent, decode, find_photos, list_photos, place, working
-
-
-def saved(pixels: np.ndarray | Image.Image, format: str, **options: Any) -> bytes:
-    image = pixels if isinstance(pixels, Image.Image) else Image.fromarray(pixels)
-    stream = io.BytesIO()
-    image.save(stream, format, **options)
-    return stream.getvalue()
-
-
-def tiff(samples: np.ndarray, **options: Any) -> bytes:
-    stream = io.BytesIO()
-    tifffile.imwrite(stream, samples, metadata=None, **options)
-    return stream.getvalue()
 
 
 def noise(*shape: int, dtype: type = np.uint8) -> np.ndarray:
@@ -164,7 +150,7 @@ def oriented(kind: str, orientation: int) -> bytes:
     tags[274] = orientation
     if kind not in DEEP:
         options = {"lossless": True} if kind == "WEBP" else {}
-        return saved(pixels, kind, exif=tags.tobytes(), **options)
+        return saved(Image.fromarray(pixels), kind, exif=tags.tobytes(), **options)
     deep = pixels.astype(np.uint16) * 257
     if kind == "png16":
         metadata = [np.frombuffer(tags.tobytes(), np.uint8)]
@@ -173,7 +159,7 @@ def oriented(kind: str, orientation: int) -> bytes:
         return data.tobytes()
     tag = [(274, 3, 1, orientation, True)]
     if kind == "tiff16 lzw":  # gray: the one 16-bit LZW that Pillow writes
-        return saved(deep[..., 0], "TIFF", exif=tags, compression="tiff_lzw")
+        return saved(Image.fromarray(deep[..., 0]), "TIFF", exif=tags, compression="tiff_lzw")
     compression = "zlib" if "deflate" in kind else None
     return tiff(deep, photometric="rgb", compression=compression, extratags=tag)
 
