@@ -12,7 +12,7 @@ SHAPE = (24, 32)
 
 def map_of(masks, scores=None, *, min_area=0.0, max_regions=64):
     masks = np.array(masks, np.bool_).reshape(-1, *SHAPE)
-    scores = np.linspace(1, 0.1, len(masks)) if scores is None else np.array(scores)
+    scores = np.linspace(0.39, 0.1, len(masks)) if scores is None else np.array(scores)
     return region_map(masks, scores, min_area=min_area, max_regions=max_regions)
 
 
@@ -29,7 +29,7 @@ def boxes(draw):
     ends = draw(st.lists(st.tuples(rows, columns, rows, columns), max_size=40))
     masks = [box(min(a, c), min(b, d), max(a, c), max(b, d)) for a, b, c, d in ends]
     masks += draw(st.lists(arrays(np.bool_, SHAPE), max_size=2))
-    scores = draw(st.permutations([float(i) for i in range(len(masks))]))
+    scores = draw(st.permutations(list(np.linspace(0, 1, len(masks)))))
     return np.array(masks, np.bool_).reshape(-1, *SHAPE), np.array(scores)
 
 
@@ -90,9 +90,14 @@ def test_a_small_object_stays_visible_on_a_large_one_of_lower_score():
     assert (labels[4:9, 4:9] == 2).all() and (labels == 1).sum() == 24 * 32 - 25
 
 
-def test_a_mask_that_repeats_surer_ones_is_dropped():
+def test_an_unsure_mask_that_repeats_surer_ones_is_dropped():
     labels = map_of([np.ones(SHAPE), box(4, 4, 20, 20)], scores=[0.9, 0.2])
     assert (labels == 1).all()
+
+
+def test_a_sure_object_within_a_surer_one_is_kept():
+    labels = map_of([np.ones(SHAPE), box(4, 4, 20, 20)], scores=[0.9, 0.5])
+    assert (labels[4:20, 4:20] == 2).all()
 
 
 def test_more_masks_than_labels_keep_the_photo_covered():
