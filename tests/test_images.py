@@ -150,7 +150,7 @@ def oriented(kind: str, orientation: int) -> bytes:
     tags[274] = orientation
     if kind not in DEEP:
         options = {"lossless": True} if kind == "WEBP" else {}
-        return saved(Image.fromarray(pixels), kind, exif=tags.tobytes(), **options)
+        return bytes(saved(Image.fromarray(pixels), kind, exif=tags.tobytes(), **options))
     deep = pixels.astype(np.uint16) * 257
     if kind == "png16":
         metadata = [np.frombuffer(tags.tobytes(), np.uint8)]
@@ -159,9 +159,11 @@ def oriented(kind: str, orientation: int) -> bytes:
         return data.tobytes()
     tag = [(274, 3, 1, orientation, True)]
     if kind == "tiff16 lzw":  # gray: the one 16-bit LZW that Pillow writes
-        return saved(Image.fromarray(deep[..., 0]), "TIFF", exif=tags, compression="tiff_lzw")
+        return bytes(
+            saved(Image.fromarray(deep[..., 0]), "TIFF", exif=tags, compression="tiff_lzw")
+        )
     compression = "zlib" if "deflate" in kind else None
-    return tiff(deep, photometric="rgb", compression=compression, extratags=tag)
+    return bytes(tiff(deep, photometric="rgb", compression=compression, extratags=tag))
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "TIFF", "WEBP", *DEEP])

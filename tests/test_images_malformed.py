@@ -89,7 +89,8 @@ def with_chunk(data: bytes, kind: bytes, content: bytes) -> bytes:
 
 def two_frame_headers(data: bytes) -> bytes:
     """A whole JPEG behind another, smaller frame header."""
-    return data[:2] + jpeg_header(64, 48)[2:-2] + data[2:]
+    framed: bytes = data[:2] + jpeg_header(64, 48)[2:-2] + data[2:]
+    return framed
 
 
 def two_headers(data: bytes) -> bytes:
