@@ -41,11 +41,11 @@ def choose(device: torch.device | str) -> tuple[str, str]:
 
 def scan_reference(a_BDL: Tensor, b_BDL: Tensor, reverse: bool = False) -> Tensor:
     """The definition, one token after the other.  Returns B,D,L."""
-    num_tokens = a_BDL.shape[-1]
     h_BD = torch.zeros_like(b_BDL[..., 0])
+    tokens = list(zip(a_BDL.unbind(-1), b_BDL.unbind(-1), strict=True))
     states = []
-    for t in reversed(range(num_tokens)) if reverse else range(num_tokens):
-        h_BD = a_BDL[..., t] * h_BD + b_BDL[..., t]
+    for a_BD, b_BD in reversed(tokens) if reverse else tokens:
+        h_BD = a_BD * h_BD + b_BD
         states.append(h_BD)
     return torch.stack(states[::-1] if reverse else states, dim=-1)
 
