@@ -218,7 +218,9 @@ def test_nan_stops_before_the_update(tmp_path, monkeypatch, where, bad_step):
     monkeypatch.setattr(training, "begin", spy_begin)
     monkeypatch.setattr(training, "draw", spy_draw)
     monkeypatch.setattr(training, "take", spy_take)
-    with pytest.raises(NonFinite, match=f"of step {bad_step} is .*stopped before the update"):
+    what = "gradient" if where == "gradient" else "loss"
+    message = f"the {what} of step {bad_step} is .*stopped before the update"
+    with pytest.raises(NonFinite, match=message):
         train(toy_data(), Frozen(features, logits), settings, tmp_path, info=INFO)
 
     after = {"network": runs[0].network, "ema": runs[0].ema}
