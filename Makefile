@@ -2,6 +2,8 @@
 VENV := .venv
 BIN := $(VENV)/bin
 
+unexport PYTHONDONTWRITEBYTECODE  # else every process compiles torch anew: 6 s each
+
 .PHONY: demo test check clean
 
 demo: $(VENV)/ready

@@ -1,0 +1,274 @@
+"""Precompute end to end with toy models: resume, staleness, failures, nothing done twice."""
+
+import os
+import signal
+import time
+
+import numpy as np
+import pytest
+from toys import ToyClip, ToySegmenter, write_photos
+
+from evenlight.cache.errors import StoreError
+from evenlight.cache.schema import PARTS, parts_from
+from evenlight.cache.store import Store
+from evenlight.pipeline import config
+from evenlight.pipeline.models import Models
+from evenlight.pipeline.plan import plan_unit
+from evenlight.pipeline.precompute import precompute, regenerate
+from evenlight.pipeline.prompts import store_scorer, tune_clip
+from evenlight.stages.priors.prompts import Scorer
+
+SMALL = ["photo.size=64", "run.unit_size=2", "ladder.regions=3"]
+SETTINGS = config.build(overrides=SMALL)
+
+
+def toys(segmenter: int = 0, clip: int = 0) -> Models:
+    return Models(ToySegmenter(segmenter), ToyClip(clip))
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("photos")
+    write_photos(folder, 5)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def finished(photos, tmp_path_factory):
+    """A complete store and its digest; tests copy what they change."""
+    store = tmp_path_factory.mktemp("store") / "S"
+    precompute(photos, store, settings=SETTINGS, models=toys())
+    with Store.open(store) as opened:
+        return store, opened.digest()
+
+
+def copy(finished, tmp_path):
+    import shutil
+
+    return shutil.copytree(finished[0], tmp_path / "S")
+
+
+def digest(store) -> str:
+    with Store.open(store) as opened:
+        assert opened.verify() == []
+        return opened.digest()
+
+
+def test_a_second_run_makes_nothing(photos, finished, tmp_path):
+    models = toys()
+    report = precompute(photos, copy(finished, tmp_path), settings=SETTINGS, models=models)
+    assert (report.units_made, report.units_kept) == (0, 3)
+    assert models.segmenter.photos == models.clip.photos == 0
+
+
+def test_touching_moving_and_renaming_the_folder_remakes_nothing(photos, finished, tmp_path):
+    import shutil
+
+    moved = shutil.copytree(photos, tmp_path / "elsewhere")
+    for path in moved.iterdir():
+        os.utime(path)
+    store = copy(finished, tmp_path).rename(tmp_path / "renamed")
+    report = precompute(moved, store, settings=SETTINGS, models=toys())
+    assert report.units_made == 0
+    assert digest(store) == finished[1]
+
+
+def test_one_changed_byte_of_the_same_size_and_time_remakes_that_unit_only(
+    photos, finished, tmp_path
+):
+    import shutil
+
+    changed = shutil.copytree(photos, tmp_path / "photos")
+    target = sorted(changed.iterdir())[0]
+    stat = target.stat()
+    data = bytearray(target.read_bytes())
+    data[-20] ^= 1
+    target.write_bytes(data)
+    os.utime(target, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    report = precompute(changed, copy(finished, tmp_path), settings=SETTINGS, models=toys())
+    assert (report.units_made, report.units_kept) == (1, 2)
+
+
+def test_bad_files_are_named_with_a_reason_and_the_rest_is_made(photos, tmp_path):
+    import shutil
+
+    folder = shutil.copytree(photos, tmp_path / "photos")
+    (folder / "page.jpg").write_bytes(b"<html>not a photo</html>")
+    whole = (folder / "photo_000.png").read_bytes()
+    (folder / "cut.png").write_bytes(whole[: len(whole) // 2])
+    report = precompute(folder, tmp_path / "S", settings=SETTINGS, models=toys())
+    assert [name for name, _ in report.failed] == ["cut.png", "page.jpg"]
+    assert all(reason for _, reason in report.failed)
+    assert report.photos == 7
+    with Store.open(tmp_path / "S") as store:
+        assert len(store.slots("pseudo_gt")) == 5
+
+
+SAMPLE_VALUES = {
+    "photo.size": 96, "photo.max_megapixels": 64, "regions.confidence": 0.2, "regions.iou": 0.5,
+    "regions.min_area": 0.01, "regions.max_regions": 9, "clip.model": "other",
+    "clip.mean": (0.1, 0.2, 0.3), "clip.std": (0.1, 0.2, 0.3), "clip.image_size": 96,
+    "ladder.family": "ps", "ladder.offsets": (-1.0, 0.0, 1.0),
+    "ladder.region_offsets": (-0.5, 0.0, 0.5), "ladder.regions": 2,
+    "ladder.min_region_area": 0.1, "pseudo_gt.regional": False, "pseudo_gt.search": "grid",
+    "pseudo_gt.rule_weight": 0.1, "pseudo_gt.blend": 0.1, "pseudo_gt.max_strength": 1.0,
+}  # fmt: skip
+BY_CONTENT = {"regions.segmenter", "clip.weights"}
+
+
+@pytest.mark.parametrize("key", sorted(config.setting_types()))
+def test_every_setting_makes_exactly_its_parts_stale(key, finished):
+    """A new setting without a sample value fails here: say what it touches."""
+    with Store.open(finished[0]) as store:
+        record = store.record(0)
+        models = {"regions": "s", "embeddings": "c", "pseudo_gt": "p"}
+        fresh = plan_unit(0, record.photos, None, SETTINGS, models).fingerprints
+    part = config.affected_by(key)
+    if part not in PARTS or key in BY_CONTENT:
+        value = "elsewhere" if key in BY_CONTENT else None
+        expected = ()
+    else:
+        value, expected = SAMPLE_VALUES[key], parts_from(part)
+    flat = config.flatten(config.to_dict(SETTINGS))
+    changed = config.from_flat(flat | ({key: value} if value is not None else {}))
+    now = plan_unit(0, record.photos, None, changed, models).fingerprints
+    assert tuple(p for p in PARTS if now[p] != fresh[p]) == expected
+
+
+@pytest.mark.parametrize(
+    ("models", "remade"),
+    [
+        (toys(segmenter=1), {"regions", "embeddings", "pseudo_gt"}),
+        (toys(clip=1), {"embeddings", "pseudo_gt"}),
+    ],
+)
+def test_other_weights_remake_what_they_make(models, remade, photos, finished, tmp_path):
+    report = precompute(photos, copy(finished, tmp_path), settings=SETTINGS, models=models)
+    assert set(report.parts_made) == remade
+    assert report.parts_made["pseudo_gt"] == 3
+
+
+def test_regenerate_passes_no_image_through_clip_or_fastsam(finished, tmp_path, monkeypatch):
+    store = copy(finished, tmp_path)
+    other = Scorer(np_tensor([[0.9, 0.1, 0], [0, 1, 0], [-1, 0, 0]]), 0.05)
+    write_prompts(store, other)
+
+    def forbidden(*_, **__):
+        raise AssertionError("regenerate must not load or run a model")
+
+    monkeypatch.setattr("evenlight.pipeline.models.load_segmenter", forbidden)
+    monkeypatch.setattr("evenlight.pipeline.models.load_clip", forbidden)
+    monkeypatch.setattr(ToyClip, "embed", forbidden)
+    monkeypatch.setattr(ToySegmenter, "segment", forbidden)
+    report = regenerate(store, settings=SETTINGS)
+    assert report.parts_made == {"pseudo_gt": 3}
+    assert digest(store) != finished[1]
+    assert regenerate(store, settings=SETTINGS).units_made == 0
+
+
+def test_regenerate_refuses_settings_that_only_precompute_can_follow(finished, tmp_path):
+    changed = config.build(overrides=[*SMALL, "regions.iou=0.7"])
+    with pytest.raises(StoreError, match=r"regions\.iou.*precompute"):
+        regenerate(copy(finished, tmp_path), settings=changed)
+
+
+def test_prompts_that_fail_their_check_leave_the_former_ones(finished, tmp_path):
+    store = copy(finished, tmp_path)
+    before = store_scorer(store, None).fingerprint
+    strict = config.build(overrides=[*SMALL, "prompts.min_accuracy=1.1"])
+    report = tune_clip(store, settings=strict, clip=TunableToy())
+    assert not report.accepted
+    assert report.prompts == before
+
+
+def test_a_vanished_and_a_new_photo_touch_one_unit_each(photos, finished, tmp_path):
+    import shutil
+
+    folder = shutil.copytree(photos, tmp_path / "photos")
+    (folder / "photo_001.png").unlink()
+    store = copy(finished, tmp_path)
+    assert precompute(folder, store, settings=SETTINGS, models=toys()).units_made == 1
+    with Store.open(store) as opened:
+        assert len(opened.slots("pseudo_gt")) == 4
+
+
+def run_in_child(work) -> int:
+    """Fork, do the work, _exit; returns the child's pid."""
+    pid = os.fork()
+    if pid == 0:
+        try:
+            work()
+        finally:
+            os._exit(0)
+    return pid
+
+
+def test_killed_at_random_precompute_resumes_to_the_same_store(photos, finished, tmp_path):
+    rng = np.random.default_rng(0)
+    started = time.monotonic()
+    precompute(photos, tmp_path / "timed", settings=SETTINGS, models=toys())
+    whole = time.monotonic() - started
+    for trial in range(8):
+        store = tmp_path / f"S{trial}"
+        for _ in range(3):
+            pid = run_in_child(
+                lambda store=store: precompute(photos, store, settings=SETTINGS, models=toys())
+            )
+            time.sleep(float(rng.uniform(0, whole)))
+            os.kill(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)
+        complete = done_units(store)
+        report = precompute(photos, store, settings=SETTINGS, models=toys())
+        assert report.units_kept >= complete
+        assert digest(store) == finished[1]
+
+
+def test_a_second_run_on_one_store_is_refused_naming_the_first(photos, tmp_path):
+    store = tmp_path / "S"
+    with Store.create_or_open(store, unit_size=2):
+        pid = run_in_child(lambda: expect_refusal(photos, store, tmp_path / "said"))
+        os.waitpid(pid, 0)
+    assert str(os.getpid()) in (tmp_path / "said").read_text()
+
+
+def expect_refusal(photos, store, said):
+    try:
+        precompute(photos, store, settings=SETTINGS, models=toys())
+    except StoreError as error:
+        said.write_text(str(error))
+
+
+def done_units(store) -> int:
+    if not store.exists():
+        return 0
+    try:
+        with Store.open(store) as opened:
+            return sum(record.complete for record in opened.records())
+    except StoreError:
+        return 0
+
+
+def np_tensor(rows):
+    import torch
+
+    return torch.nn.functional.normalize(torch.tensor(rows, dtype=torch.float32), dim=1)
+
+
+def write_prompts(store, scorer) -> None:
+    from evenlight.pipeline import prompts
+
+    prompts._write(store, scorer, ToyClip(), tuned=True)
+
+
+class TunableToy(ToyClip):
+    """A toy whose prompts can be tuned: a context vector is the embedding itself."""
+
+    def token_vectors(self, text):
+        return self.embed_text([text])
+
+    def encode_context(self, context_nME, words):
+        import torch
+
+        return torch.nn.functional.normalize(
+            context_nME.mean(1) + self.embed_text(list(words)), dim=1
+        )
