@@ -12,6 +12,7 @@ from evenlight.cache.errors import EnvironmentLacks
 from evenlight.stages.priors.clip import load_clip
 from evenlight.stages.priors.fastsam import Regions, load_segmenter
 from evenlight.stages.priors.ladder import Embedder
+from evenlight.stages.priors.prompts import TunableClip
 from evenlight.stages.settings import ClipSettings, RegionSettings, Settings
 
 
@@ -26,10 +27,14 @@ class Segmenter(Protocol):
     def features(self, rgb_B3HW: Tensor) -> tuple[Tensor, Tensor]: ...
 
 
+class ClipModel(Embedder, TunableClip, Protocol):
+    """CLIP: embeds photos and prompts."""
+
+
 @dataclass(frozen=True)
 class Models:
     segmenter: Segmenter
-    clip: Embedder
+    clip: ClipModel
 
 
 def load_models(settings: Settings) -> Models:
@@ -53,5 +58,5 @@ def _segmenter(settings: RegionSettings, device: str) -> Segmenter:
 
 
 @functools.lru_cache(maxsize=2)
-def _clip(settings: ClipSettings, device: str) -> Embedder:
+def _clip(settings: ClipSettings, device: str) -> ClipModel:
     return load_clip(settings, device)

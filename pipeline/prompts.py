@@ -11,7 +11,8 @@ from evenlight.cache.errors import StoreError
 from evenlight.cache.files import read_json, write_json
 from evenlight.cache.shards import OURS
 from evenlight.cache.store import Store
-from evenlight.stages.priors.clip import Clip, load_clip
+from evenlight.pipeline.models import ClipModel
+from evenlight.stages.priors.clip import load_clip
 from evenlight.stages.priors.prompts import Ladders, Scorer, tune, zero_shot
 from evenlight.stages.settings import Settings
 
@@ -27,7 +28,7 @@ class TuneReport:
     prompts: str  # fingerprint of the prompts now in force
 
 
-def store_scorer(path: Path, clip: Clip | None) -> Scorer:
+def store_scorer(path: Path, clip: ClipModel | None) -> Scorer:
     """The scorer of a store.  With clip given, prompts of another CLIP give way to untuned ones.
 
     path: the store.  Raises StoreError where there are no prompts and no clip to make them with.
@@ -44,7 +45,7 @@ def store_scorer(path: Path, clip: Clip | None) -> Scorer:
     return scorer
 
 
-def tune_clip(store: Path, *, settings: Settings, clip: Clip | None = None) -> TuneReport:
+def tune_clip(store: Path, *, settings: Settings, clip: ClipModel | None = None) -> TuneReport:
     """Tune the prompts of a store from its cached embeddings; no photo is read.
 
     The new prompts are kept only if they pass their own held-out check, else those in force
@@ -80,7 +81,7 @@ def _scorer(document: dict[str, Any]) -> Scorer:
     return Scorer(text, document["temperature"])
 
 
-def _write(path: Path, scorer: Scorer, clip: Clip, *, tuned: bool) -> None:
+def _write(path: Path, scorer: Scorer, clip: ClipModel, *, tuned: bool) -> None:
     """One small file, replaced whole: float32 survives JSON exactly."""
     document = {
         "text": scorer.text_3D.tolist(),

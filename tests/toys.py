@@ -30,9 +30,7 @@ class ToySegmenter:
         levels = (luma(F.avg_pool2d(rgb, 8)) * 3.99).long().add(1).float()
         labels = F.interpolate(levels, scale_factor=8)[0, 0].byte().numpy()
         proto, p3 = self.features(rgb)
-        return Regions(
-            labels=labels, proto=proto[0].half().numpy(), p3=p3[0].half().numpy()
-        )
+        return Regions(labels=labels, proto=proto[0].half().numpy(), p3=p3[0].half().numpy())
 
 
 class ToyClip:

@@ -56,6 +56,7 @@ def measure(output_HW3: np.ndarray, reference_HW3: np.ndarray) -> Figures:
         output, reference, data_range=255.0, kernel_size=11, sigma=1.5
     )
     colour = deltaE_ciede2000(rgb2lab(output_HW3), rgb2lab(reference_HW3)).mean()
+    assert isinstance(ssim, torch.Tensor)
     return Figures(psnr=float(psnr), ssim=float(ssim), colour=float(colour))
 
 

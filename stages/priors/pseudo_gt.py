@@ -8,7 +8,7 @@ it and the order of brightness allows (4.3). No image passes through a network h
 
 # K ladder strengths, R regions, J region strengths, D embedding, H W pixels
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import numpy as np
@@ -160,7 +160,7 @@ def region_strengths(
     return keep_order(wanted, start, before, luma_after)
 
 
-def paint(shape: tuple[int, int], masks: list[Tensor], values: np.ndarray, base: float) -> Tensor:
+def paint(shape: Sequence[int], masks: list[Tensor], values: np.ndarray, base: float) -> Tensor:
     """A 1,1,H,W map: each region its value, the rest `base`."""
     painted = torch.full((1, 1, *shape), base)
     for mask, value in zip(masks, values, strict=True):
@@ -221,7 +221,7 @@ def choose(
     confidence = confidence * _unclipped_weight(rgb, height, width)
     return {
         "scores": scores.astype(np.float32),
-        "strength": np.float32(start),
+        "strength": np.array(start, np.float32),
         "region_strengths": chosen,
         "t_map": t_map[0, 0].numpy().astype(np.float16),
         "confidence": confidence[0, 0].numpy().astype(np.float16),
@@ -252,7 +252,7 @@ def _smooth_map(
 ) -> Tensor:
     """The regions' strengths as one smooth map at 1/4 size that follows the photo's edges."""
     height, width = rgb.shape[2] // MAP_SCALE, rgb.shape[3] // MAP_SCALE
-    painted = resize(paint(tuple(rgb.shape[2:]), masks, values, start), height, width)
+    painted = resize(paint(rgb.shape[2:], masks, values, start), height, width)
     guide = luma(tone.apply(family, resize(rgb, height, width), torch.tensor(start)))
     return guided_filter(guide, painted, radius=max(height, width) // 16)
 
