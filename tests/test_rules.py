@@ -1,0 +1,110 @@
+"""Static rules: who may import what, nothing that runs foreign code, nothing heavy at start-up."""
+
+import ast
+import subprocess
+import sys
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+SOURCES = [
+    *(p for folder in ("cache", "stages", "pipeline") for p in (ROOT / folder).rglob("*.py")),
+    ROOT / "cli.py",
+]
+IMPORTERS = {
+    "zarr": {"cache/shards.py"},
+    "h5py": {"cache/hdf5.py"},
+    "ultralytics": {"stages/priors/fastsam.py"},
+    "open_clip": {"stages/priors/clip.py"},
+    "mamba_ssm": {"stages/corrector/scan.py"},
+    "safetensors": {"stages/corrector/checkpoint.py", "stages/priors/fastsam_weights.py"},
+    "torchmetrics": {"stages/corrector/evaluate.py"},
+    "skimage": {"stages/corrector/evaluate.py"},
+    "distributed": {"pipeline/schedule.py"},
+    "dask": {"pipeline/schedule.py"},
+    "typer": {"cli.py"},
+    "rich": {"cli.py"},
+}
+FORBIDDEN_IMPORTS = {"pickle", "cPickle", "dill", "cloudpickle", "marshal", "shelve"}
+FORBIDDEN_CALLS = {"eval", "exec", "__import__"}
+
+
+def imports(tree: ast.AST) -> Iterator[str]:
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name.split(".")[0] for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            yield node.module.split(".")[0]
+
+
+def violations(source: str, place: str) -> list[str]:
+    """What a file does that the rules forbid."""
+    tree = ast.parse(source)
+    found = [
+        f"{place} imports {name}"
+        for name in imports(tree)
+        if name in FORBIDDEN_IMPORTS or place not in IMPORTERS.get(name, {place})
+    ]
+    for node in ast.walk(tree):
+        if not isinstance(node, ast.Call):
+            continue
+        name = ast.unparse(node.func)
+        keywords = {k.arg: ast.unparse(k.value) for k in node.keywords}
+        if name in FORBIDDEN_CALLS:
+            found.append(f"{place} calls {name}")
+        if name == "torch.load" and keywords.get("weights_only") != "True":
+            found.append(f"{place} calls torch.load without weights_only=True")
+        if keywords.get("shell") == "True" or keywords.get("allow_pickle") == "True":
+            found.append(f"{place} calls {name} with shell or pickle")
+    return found
+
+
+def test_the_package_keeps_its_rules():
+    for path in SOURCES:
+        place = path.relative_to(ROOT).as_posix()
+        assert violations(path.read_text(encoding="utf-8"), place) == []
+
+
+@pytest.mark.parametrize(
+    "planted",
+    [
+        "import zarr",
+        "from ultralytics.nn import tasks",
+        "import pickle",
+        "import torch\ntorch.load('x')",
+        "import torch\ntorch.load('x', weights_only=False)",
+        "eval('1')",
+        "import subprocess\nsubprocess.run('x', shell=True)",
+        "import numpy as np\nnp.load('x', allow_pickle=True)",
+    ],
+)
+def test_the_rules_can_fail(planted):
+    assert violations(planted, "pipeline/planted.py")
+
+
+def run_python(code: str) -> str:
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd="/"
+    )
+    return done.stdout.strip()
+
+
+def test_the_command_line_starts_without_torch():
+    heavy = "[m for m in ('torch', 'zarr', 'cv2') if m in sys.modules]"
+    code = f"import sys, evenlight.cli; print({heavy})"
+    assert run_python(code) == "[]"
+    assert run_python(code.replace("evenlight.cli", "torch")).startswith("['torch'")
+
+
+def test_no_module_is_imported_under_two_names():
+    code = "import sys, evenlight.cache.store; print('cache.store' in sys.modules)"
+    assert run_python(code) == "False"
+
+
+def test_every_package_folder_is_listed_in_pyproject():
+    listed = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
+    folders = {p.parent.relative_to(ROOT) for p in SOURCES if p.name == "__init__.py"}
+    assert set(listed) == {"evenlight", *(f"evenlight.{'.'.join(f.parts)}" for f in folders)}
