@@ -11,6 +11,9 @@ from pathlib import Path
 
 import cv2
 import numpy as np
+import torch
+
+from evenlight.stages.priors import tone
 
 # H W pixels, T strengths of the grid
 
@@ -21,11 +24,10 @@ LUMA = np.array([0.299, 0.587, 0.114])
 SUFFIXES = {".jpg", ".jpeg", ".png"}
 
 
-def film_tables(strengths: np.ndarray, b: float = 1.6) -> np.ndarray:
-    """The film curve (method.md 4.1) at 256 levels.  Returns T,256 float32 in [0, 1]."""
-    x = np.linspace(0, 1, 256)[None]
-    gain = np.exp(np.asarray(strengths, dtype=np.float64))[:, None]
-    return ((1 - (1 - x ** (1 / b)) ** gain) ** b).astype(np.float32)
+def film_tables(strengths: np.ndarray) -> np.ndarray:
+    """The film curve at 256 levels, as the pipeline applies it.  Returns T,256 float32."""
+    levels = torch.linspace(0, 1, 256)
+    return tone.apply("film", levels, torch.as_tensor(strengths).float()[:, None]).numpy()
 
 
 FILM = film_tables(GRID_T)
