@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from skimage import data as photos
+from torch.nn import functional as F
 
 from evenlight.cache.errors import EnvironmentLacks, UsageError
 from evenlight.stages.priors import clip as clip_module
@@ -77,6 +78,15 @@ def test_same_embedding_with_and_without_gradient(shipped: Clip) -> None:
     photo = torch.rand(3, 3, 150, 90)
     with_gradient = shipped.embed(photo.clone().requires_grad_(True)).detach()
     torch.testing.assert_close(shipped.embed(photo), with_gradient, atol=1e-5, rtol=0)
+
+
+def test_resizing_never_leaves_the_range_of_a_photo(tiny_weights: Path) -> None:
+    clip = load_clip(tiny_settings(tiny_weights))
+    edges = torch.zeros(1, 3, 12, 12)
+    edges[..., ::4] = 1.0  # bicubic overshoots beside each line
+    resized = F.interpolate(edges, (32, 32), mode="bicubic", antialias=True)
+    assert resized.max() > 1.01 and resized.min() < -0.01
+    torch.testing.assert_close(clip.embed(edges), clip.embed(resized.clamp(0, 1)))
 
 
 def test_shipped_clip_orders_exposures_in_seen_and_unseen_wordings(shipped: Clip) -> None:
