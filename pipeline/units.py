@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from evenlight.cache.errors import PhotoError
 from evenlight.cache.files import sha256_bytes
@@ -84,6 +85,7 @@ def make_unit_here(store: Store, task: UnitTask, tools: Tools) -> UnitTask:
 
 def make_unit_in_worker(task: UnitTask, settings: Settings) -> UnitTask:
     """For a worker process: models are loaded once and kept; the main run holds the lock."""
+    torch.set_num_threads(1)  # workers are the parallelism; more threads only wait for each other
     models = load_models(settings)
     with Store.attach(task.store) as store:
         make_unit(

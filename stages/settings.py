@@ -103,8 +103,8 @@ class PromptSettings:
 class PseudoGTSettings:
     regional: bool = setting(True, "pseudo_gt")  # False: one strength per photo
     search: str = setting("crossing", "pseudo_gt")  # "crossing" of d through 0, or "grid" argmax
-    rule_weight: float = setting(0.5, "pseudo_gt")  # share of the mean-luma rule in the strength
-    blend: float = setting(0.6, "pseudo_gt")  # how far a trusted region moves to its own strength
+    rule_weight: float = setting(0.7, "pseudo_gt")  # share of the mean-luma rule in the strength
+    blend: float = setting(0.2, "pseudo_gt")  # how far a trusted region moves to its own strength
     max_strength: float = setting(2.2, "pseudo_gt")  # |t| never exceeds it
 
     def __post_init__(self) -> None:
