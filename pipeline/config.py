@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, get_type_hints
 
 from evenlight.cache.errors import UsageError
+from evenlight.cache.schema import PARTS
 from evenlight.stages.settings import Settings
 
 PRESETS: dict[str, dict[str, Any]] = {
@@ -49,6 +50,15 @@ def to_dict(settings: Settings) -> dict[str, Any]:
     return {
         section: {k: list(v) if isinstance(v, tuple) else v for k, v in fields.items()}
         for section, fields in nested.items()
+    }
+
+
+def store_settings(settings: Settings) -> dict[str, Any]:
+    """Nested plain values of the settings that decide parts of a store: what a store records."""
+    return {
+        section: kept
+        for section, fields in to_dict(settings).items()
+        if (kept := {k: v for k, v in fields.items() if affected_by(f"{section}.{k}") in PARTS})
     }
 
 

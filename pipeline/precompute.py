@@ -131,7 +131,7 @@ def _digest(source: PhotoSource) -> str:
 
 
 def _write_index(store: Store, index: Index, settings: Settings, source: Path) -> None:
-    recorded = config.to_dict(settings)
+    recorded = config.store_settings(settings)
     store.write_index(dataclasses.replace(index, settings=recorded, source=str(source.absolute())))
 
 

@@ -158,11 +158,11 @@ class LossSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainSettings:
-    steps: int = setting(1500, "training")
+    steps: int = setting(1000, "training")
     batch: int = setting(8, "training")  # photos; half as many scenes, twice, if consistency is on
     reexpose: float = setting(0.8, "training")  # half of a batch is re-exposed by up to this |t|
     size: int = setting(256, "training")  # working size: long side, pixels, a multiple of 32
-    crop: int = setting(192, "training")  # crop side, pixels, a multiple of 32
+    crop: int = setting(160, "training")  # crop side, pixels, a multiple of 32
     learning_rate: float = setting(5e-4, "training")
     warmup: int = setting(50, "training")  # steps
     weight_decay: float = setting(1e-4, "training")
@@ -170,7 +170,7 @@ class TrainSettings:
     clip_norm: float = setting(1.0, "training")
     calibrate: tuple[int, int] = setting((20, 40), "training")  # steps measured for loss shares
     held_out: float = setting(0.03, "training")  # share of photos that choose the best checkpoint
-    validate_every: int = setting(250, "training")
+    validate_every: int = setting(200, "training")
     save_every: int = setting(100, "training")
     log_every: int = setting(10, "training")
     spc_every: int = setting(2, "training")  # semantic-prompt consistency on every n-th step

@@ -48,3 +48,9 @@ def test_preset_yields_to_explicit_settings():
 def test_each_setting_belongs_to_exactly_one_part(key):
     holders = [part for part in AFFECTS if key in config.values_affecting(Settings(), part)]
     assert holders == [config.affected_by(key)]
+
+
+def test_a_store_records_what_decides_it_and_not_how_it_was_trained_on():
+    recorded = config.flatten(config.store_settings(Settings()))
+    assert "photo.size" in recorded and "pseudo_gt.blend" in recorded
+    assert not any(key.startswith(("train.", "network.", "losses.", "run.")) for key in recorded)
