@@ -7,6 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from evenlight.stages.pixels import luma
 from evenlight.stages.priors import tone
 from evenlight.stages.settings import FAMILIES
 
@@ -97,7 +98,7 @@ def test_the_mean_luma_rule_reaches_its_target(family):
         3, 1, 1, 1
     )
     t = tone.rule_strength(x, family)
-    reached = tone.luma(tone.apply(family, x, t[:, None, None, None])).mean((1, 2))
+    reached = luma(tone.apply(family, x, t[:, None, None, None])).mean((1, 2, 3))
     assert torch.allclose(reached, torch.full((3,), tone.RULE_TARGET), atol=1e-4)
 
 

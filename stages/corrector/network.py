@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from evenlight.stages.corrector.blocks import SIMR, ChannelNorm, Pointwise
+from evenlight.stages.pixels import luma
 from evenlight.stages.priors import tone
 from evenlight.stages.settings import NetworkSettings
 
@@ -217,7 +218,7 @@ def photo_statistics(photo_B3HW: Tensor, family: str) -> Tensor:
     """
     small = F.adaptive_avg_pool2d(photo_B3HW.float(), SMALL_SIDE)
     rule = tone.rule_strength(small, family) / MAX_STRENGTH
-    luma_BL = tone.luma(small).flatten(1)
+    luma_BL = luma(small).flatten(1)
     mean_B = luma_BL.mean(1)
     levels_BQ = luma_BL.quantile(luma_BL.new_tensor(QUANTILES), dim=1).T
     cast_B3 = small.mean((2, 3)) - mean_B[:, None]

@@ -12,9 +12,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from evenlight.stages.pixels import luma
+
 FILM_B = 1.6
 END = 1e-4  # each curve is a chord over the last END of either side, where slopes run to infinity
-LUMA = (0.299, 0.587, 0.114)  # Rec. 601 on sRGB-encoded values, as cv2.COLOR_RGB2GRAY
 CLIPPED_WHITE = 1 / 510  # half an 8-bit step: how far below white a clipped value may lie
 MAX_RULE_STRENGTH = 3.0
 RULE_TARGET = 119 / 255  # mean luma the rule aims at; best of a sweep on real brackets (method.md)
@@ -42,12 +43,6 @@ def apply(family: str, x: Tensor, t: Tensor | float) -> Tensor:
         return torch.where(x < END, low, torch.where(x > 1 - END, high, y))
 
 
-def luma(x_B3HW: Tensor) -> Tensor:
-    """Rec. 601 luma of sRGB-encoded RGB in [0, 1].  Returns B,H,W."""
-    red, green, blue = x_B3HW.unbind(-3)
-    return LUMA[0] * red + LUMA[1] * green + LUMA[2] * blue
-
-
 @torch.no_grad()
 def rule_strength(x_B3HW: Tensor, family: str, target: float = RULE_TARGET) -> Tensor:
     """Strength per photo at which the mean luma of the re-exposed photo equals `target`.
@@ -61,7 +56,7 @@ def rule_strength(x_B3HW: Tensor, family: str, target: float = RULE_TARGET) -> T
     high = -low
 
     def mean_luma(t_B: Tensor) -> Tensor:
-        return luma(apply(family, x_B3HW.float(), t_B[:, None, None, None])).mean((1, 2))
+        return luma(apply(family, x_B3HW.float(), t_B[:, None, None, None])).mean((1, 2, 3))
 
     unmoved = (mean_luma(high) - mean_luma(low)).abs() < 1e-4
     for _ in range(22):  # 6 / 2**22: under 2e-6
