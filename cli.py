@@ -1,8 +1,10 @@
 """The command line: parse, call one function of the pipeline, print, exit with a code."""
 
+import contextlib
 import json
+import math
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, is_dataclass
 from pathlib import Path
 from types import FrameType
@@ -11,13 +13,11 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Table
 
 from evenlight import __version__
 from evenlight.cache.errors import (
     EnvironmentLacks,
     EvenlightError,
-    PhotoError,
     StoreError,
     UsageError,
 )
@@ -27,7 +27,6 @@ EXIT_CODES: tuple[tuple[type[EvenlightError], int], ...] = (
     (UsageError, USAGE),
     (StoreError, STORE),
     (EnvironmentLacks, ENVIRONMENT),
-    (PhotoError, SOME_FAILED),
     (EvenlightError, SOME_FAILED),
 )
 
@@ -41,7 +40,8 @@ cache_app = typer.Typer(help="Look into a store of priors.", no_args_is_help=Tru
 weights_app = typer.Typer(help="Official weights.", no_args_is_help=True)
 app.add_typer(cache_app, name="cache")
 app.add_typer(weights_app, name="weights")
-stderr = Console(stderr=True, highlight=False)
+# Names of photos are printed as they are: never read as markup or emoji codes.
+stderr = Console(stderr=True, highlight=False, markup=False, emoji=False, soft_wrap=True)
 
 StoreOption = Annotated[Path, typer.Option("-s", "--store", help="Folder of the store.")]
 ModelOption = Annotated[
@@ -67,7 +67,7 @@ def version(
 def precompute(
     photos: Annotated[Path, typer.Argument(help="A photo, a folder, or an HDF5 file of images.")],
     store: StoreOption,
-    workers: Annotated[int | None, typer.Option(help="Local processes.")] = None,
+    workers: Annotated[int | None, typer.Option(min=1, help="Local processes.")] = None,
     scheduler: Annotated[str, typer.Option(help="Address of a Dask cluster.")] = "",
     config: ConfigOption = None,
     set_: SetOption = None,
@@ -81,7 +81,7 @@ def precompute(
     settings = build(config, overrides)
     with progress() as on_progress:
         report = run(photos, store, settings=settings, scheduler=scheduler, on_progress=on_progress)
-    _finish_run(report, as_json, rate=report.photos_made / max(report.seconds, 1e-9))
+    _finish_run(report, as_json)
 
 
 @app.command("tune-clip")
@@ -95,11 +95,10 @@ def tune_clip(
     from evenlight.pipeline.prompts import tune_clip as run
 
     report = run(store, settings=_store_settings(store, config, set_))
-    if not as_json:
-        verdict = "accepted" if report.accepted else "NOT accepted: the former prompts stay"
-        stderr.print(f"tuned prompts {verdict}")
-        for name, value in report.figures.items():
-            stderr.print(f"  {name}: {value}")
+    verdict = "accepted" if report.accepted else "NOT accepted: the former prompts stay"
+    stderr.print(f"tuned prompts {verdict}")
+    for name, value in report.figures.items():
+        stderr.print(f"  {name}: {value}")
     emit(report, as_json)
 
 
@@ -116,7 +115,7 @@ def regenerate(
     settings = _store_settings(store, config, set_)
     with progress() as on_progress:
         report = run(store, settings=settings, on_progress=on_progress)
-    _finish_run(report, as_json, rate=report.photos_made / max(report.seconds, 1e-9))
+    _finish_run(report, as_json)
 
 
 @app.command()
@@ -133,32 +132,41 @@ def train(
     settings = _store_settings(store, config, set_)
     with progress() as on_progress:
         result = run(store, out, settings=settings, on_progress=on_progress)
-    if not as_json:
-        stderr.print(
-            f"{result.folder}: {result.steps} steps, {result.seconds_per_step:.2f} s each; best at "
-            f"step {result.best_step}, {result.best_psnr:.2f} dB to held-out pseudo-GT"
-        )
+    stderr.print(
+        f"{result.folder}: {result.steps} steps, {result.seconds_per_step:.2f} s each; best at "
+        f"step {result.best_step}, {result.best_psnr:.2f} dB to held-out pseudo-GT"
+    )
     emit(result, as_json)
 
 
 @app.command()
 def evaluate(
-    data: Annotated[list[str], typer.Option("--data", help="LAYOUT:PATH; repeatable.")],
+    data: Annotated[
+        list[str],
+        typer.Option("--data", help="pairs, triplets, msec, sice or lcdp:PATH; repeatable."),
+    ],
     model: Annotated[
         list[Path] | None, typer.Option("-m", "--model", help="Folder of a run; repeatable.")
     ] = None,
     csv: Annotated[Path | None, typer.Option("--csv", help="Write the rows here too.")] = None,
+    config: ConfigOption = None,
+    set_: SetOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Measure models, their pseudo-ground-truth and baselines on sets with references."""
+    from evenlight.cache.files import atomic_write
     from evenlight.pipeline.evaluate import evaluate as run
 
+    if csv is not None and not csv.absolute().parent.is_dir():
+        raise UsageError(f"--csv {csv}: there is no folder {csv.absolute().parent}")
     with progress() as on_progress:
-        result = run(model or [], data, on_progress=on_progress)
+        result = run(
+            model or [], data, config=config, overrides=set_ or [], on_progress=on_progress
+        )
     if csv is not None:
-        csv.write_text(result.to_csv(), encoding="utf-8")
+        atomic_write(csv, result.to_csv().encode())
     if not as_json:
-        _print_evaluation(result)
+        typer.echo(result.to_text())
     emit(result, as_json)
 
 
@@ -167,8 +175,12 @@ def correct(
     photos: Annotated[list[Path], typer.Argument(help="Photos or folders.")],
     out: Annotated[Path, typer.Option("-o", "--out", help="Folder for corrected photos.")],
     model: ModelOption = None,
-    strength: Annotated[float, typer.Option(help="0 leaves photos as they are, 1 is all.")] = 1.0,
+    strength: Annotated[
+        float, typer.Option(min=0, max=1, help="0 leaves photos as they are, 1 is all.")
+    ] = 1.0,
     overwrite: Annotated[bool, typer.Option(help="Replace outputs of earlier runs.")] = False,
+    config: ConfigOption = None,
+    set_: SetOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Correct photos of any size; inputs are never touched."""
@@ -181,10 +193,14 @@ def correct(
             model=model,
             strength=strength,
             overwrite=overwrite,
+            config=config,
+            overrides=set_ or [],
             on_progress=on_progress,
         )
-    if not as_json:
-        stderr.print(f"corrected {len(report.corrected)}, skipped {len(report.skipped)}")
+    there = f", {len(report.skipped)} were there already (--overwrite replaces them)"
+    stderr.print(f"corrected {len(report.corrected)} photos{there if report.skipped else ''}")
+    for name, note in report.notes:
+        stderr.print(f"  note: {name}: {note}")
     _list_failures(report.failed)
     emit(report, as_json)
     if report.failed:
@@ -205,11 +221,16 @@ def doctor(as_json: JsonOption = False) -> None:
 
 
 @cache_app.command("info")
-def cache_info(store: StoreOption, as_json: JsonOption = False) -> None:
-    """Counts, parts, sizes, fingerprints, and what is stale."""
+def cache_info(
+    store: StoreOption,
+    config: ConfigOption = None,
+    set_: SetOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Counts, parts, sizes, fingerprints, and what is stale under these settings."""
     from evenlight.pipeline.inspect import cache_info as run
 
-    info = run(store)
+    info = run(store, config=config, overrides=set_ or [])
     if not as_json:
         _print_tree(info)
     emit(info, as_json)
@@ -225,66 +246,79 @@ def cache_verify(
     from evenlight.pipeline.inspect import cache_verify as run
 
     damages = run(store, repair=repair)
-    if not as_json:
-        for damage in damages:
-            stderr.print(f"unit {damage.unit} {damage.part} {damage.array}: {damage.reason}")
-        stderr.print(f"{len(damages)} damaged" if damages else "whole")
+    for damage in damages:
+        where = f"unit {damage.unit} {damage.part}" if damage.unit is not None else "store"
+        stderr.print(f"{where} {damage.array}: {damage.reason}")
+    cure = (
+        "what is damaged is forgotten: 'evenlight precompute' remakes it"
+        if repair
+        else "'evenlight cache verify --repair', then 'evenlight precompute', remake it"
+    )
+    stderr.print(f"{len(damages)} damaged; {cure}" if damages else "whole")
     emit([asdict(damage) for damage in damages], as_json)
-    if damages:
+    if damages and not repair:
         raise typer.Exit(STORE)
 
 
 @weights_app.command("fetch")
 def weights_fetch(
-    name: Annotated[str, typer.Argument(help="FastSAM-s, FastSAM-x or ViT-B-32-openai.")],
+    name: Annotated[
+        str,
+        typer.Argument(
+            help="FastSAM-s, FastSAM-x, or ViT-B-32-openai (used as clip.model="
+            "ViT-B-32-quickgelu: OpenAI trained with QuickGELU)."
+        ),
+    ],
     out: Annotated[Path, typer.Option("-o", "--out", help="Folder for the file.")],
     as_json: JsonOption = False,
 ) -> None:
     """Download official weights: the only command that opens a connection."""
     from evenlight.pipeline.inspect import fetch_weights
 
-    path = fetch_weights(name, out)
-    if not as_json:
-        stderr.print(f"wrote {path}")
-    emit({"path": str(path)}, as_json)
+    fetched = fetch_weights(name, out)
+    stderr.print(f"wrote {fetched.path}, sha256 {fetched.sha256}")
+    stderr.print("use it with " + " ".join(f"--set {text}" for text in fetched.use))
+    emit(fetched, as_json)
 
 
-class progress:  # noqa: N801 - used as `with progress() as on_progress`
-    """One bar on stderr; silent where stderr is no terminal."""
-
-    def __init__(self) -> None:
-        self._bar = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[rate]}"),
-            TimeRemainingColumn(),
-            console=stderr,
-            disable=not stderr.is_terminal,
-        )
-
-    def __enter__(self) -> Callable[[str, int, int], None]:
-        self._bar.start()
+@contextlib.contextmanager
+def progress() -> Iterator[Callable[[str, int, int], None]]:
+    """One bar per thing counted, on stderr; silent where stderr is no terminal."""
+    with Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[rate]}"),
+        TimeRemainingColumn(),
+        console=stderr,
+        disable=not stderr.is_terminal,
+    ) as bars:
         tasks: dict[str, Any] = {}
 
         def on_progress(what: str, done: int, total: int) -> None:
             if what not in tasks:
-                tasks[what] = self._bar.add_task(what, total=total, rate="")
-            speed = self._bar.tasks[tasks[what]].speed
+                tasks[what] = bars.add_task(what, total=total, rate="")
+            speed = bars.tasks[tasks[what]].speed
             rate = f"{speed:.1f}/s" if speed else ""
-            self._bar.update(tasks[what], completed=done, total=total, rate=rate)
+            bars.update(tasks[what], completed=done, total=total, rate=rate)
 
-        return on_progress
-
-    def __exit__(self, *_: object) -> None:
-        self._bar.stop()
+        yield on_progress
 
 
 def emit(result: Any, as_json: bool) -> None:
     """The result as one JSON document on stdout, if asked for."""
     if as_json:
         plain = asdict(result) if is_dataclass(result) and not isinstance(result, type) else result
-        typer.echo(json.dumps(plain, indent=2, default=str))
+        typer.echo(json.dumps(_without_nan(plain), indent=2, default=str, allow_nan=False))
+
+
+def _without_nan(value: Any) -> Any:
+    """JSON has no NaN and no infinity: they become null."""
+    if isinstance(value, dict):
+        return {key: _without_nan(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_without_nan(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _store_settings(store: Path, config: Path | None, overrides: list[str] | None) -> Any:
@@ -296,13 +330,13 @@ def _store_settings(store: Path, config: Path | None, overrides: list[str] | Non
         return build(config, overrides or [], base=opened.index.settings)
 
 
-def _finish_run(report: Any, as_json: bool, *, rate: float) -> None:
-    if not as_json:
-        stderr.print(
-            f"{report.photos} photos, {len(report.failed)} failed; units: {report.units_made} "
-            f"made, {report.units_kept} already complete; {report.seconds:.1f} s, "
-            f"{rate:.2f} photos/s"
-        )
+def _finish_run(report: Any, as_json: bool) -> None:
+    rate = report.photos_made / max(report.seconds, 1e-9)
+    stderr.print(
+        f"{report.photos} photos, {len(report.failed)} failed; units: {report.units_made} "
+        f"made, {report.units_kept} already complete; {report.seconds:.1f} s, "
+        f"{rate:.2f} photos/s"
+    )
     _list_failures(report.failed)
     emit(report, as_json)
     if report.failed:
@@ -311,22 +345,9 @@ def _finish_run(report: Any, as_json: bool, *, rate: float) -> None:
 
 def _list_failures(failed: list[tuple[str, str]]) -> None:
     if failed:
-        table = Table("photo", "reason", title=f"{len(failed)} failed", title_justify="left")
-        for name, reason in failed:
-            table.add_row(name, reason)
-        stderr.print(table, markup=False)
-
-
-def _print_evaluation(result: Any) -> None:
-    console = Console()
-    for name in result.sets:
-        table = Table("method", "side", "photos", "PSNR dB", "SSIM", "CIEDE2000", title=name)
-        for row in result.rows:
-            if row.data == name:
-                figures = (f"{row.psnr:.2f}", f"{row.ssim:.3f}", f"{row.colour:.2f}")
-                table.add_row(row.method, row.side, str(row.photos), *figures)
-        console.print(table)
-    console.print(result.protocol)
+        stderr.print(f"{len(failed)} failed:")
+    for name, reason in failed:
+        stderr.print(f"  {name}: {reason}")
 
 
 def _print_tree(values: dict[str, Any], indent: int = 0) -> None:
@@ -338,19 +359,35 @@ def _print_tree(values: dict[str, Any], indent: int = 0) -> None:
             typer.echo(f"{' ' * indent}{key}: {value if value != '' else '-'}")
 
 
-def _terminate(number: int, _: FrameType | None) -> None:
-    raise SystemExit(128 + number)
+class Stopped(SystemExit):
+    """Ctrl-C or SIGTERM: what is being written is left whole or absent on the way out."""
+
+
+def _stop(number: int, _: FrameType | None) -> None:
+    for stop in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(stop, signal.SIG_DFL)  # a second one ends the process at once
+    raise Stopped(128 + number)
 
 
 def main() -> None:
     """Run the command line and map errors to exit codes."""
-    signal.signal(signal.SIGTERM, _terminate)
+    for stop in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(stop, _stop)
     try:
-        app()  # typer exits 2 on bad usage and 130 on Ctrl-C
+        app()  # typer exits 2 on bad usage
     except EvenlightError as error:
-        stderr.print(f"evenlight: {error}", markup=False)
-        code = next(code for kind, code in EXIT_CODES if isinstance(error, kind))
-        raise SystemExit(code) from None
+        stderr.print(f"evenlight: {error}")
+        raise SystemExit(
+            next(code for kind, code in EXIT_CODES if isinstance(error, kind))
+        ) from None
+    except OSError as error:  # a full disk, say, where nobody knew better
+        stderr.print(f"evenlight: {error}")
+        raise SystemExit(SOME_FAILED) from None
+    except Stopped as stopped:
+        stderr.print(
+            "evenlight: stopped; what is complete is kept: run the same command again to go on"
+        )
+        raise SystemExit(stopped.code) from None
 
 
 if __name__ == "__main__":

@@ -1,23 +1,34 @@
 """Correct photos: files or folders in, the same names out; inputs are never touched."""
 
 import dataclasses
+import errno
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
+
 from evenlight.cache.errors import EvenlightError, PhotoError, UsageError
-from evenlight.pipeline.corrector import load
+from evenlight.pipeline.corrector import LoadedCorrector, load
 from evenlight.pipeline.precompute import Progress, silent
-from evenlight.stages.images import PhotoSource, decode, list_photos
+from evenlight.stages.images import Photo, PhotoSource, decode, list_photos
 from evenlight.stages.photo_files import encode
+
+# Errors of writing that are about one name; any other (disk full, read-only) meets every photo.
+ONE_NAME = (
+    errno.EISDIR, errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG, errno.EINVAL, errno.EILSEQ,
+)  # fmt: skip
 
 
 @dataclass(kw_only=True)
 class CorrectReport:
+    """What became of every photo, by name."""
+
     corrected: list[str] = field(default_factory=list)
     skipped: list[str] = field(default_factory=list)  # already there from an earlier run
     failed: list[tuple[str, str]] = field(default_factory=list)  # name, reason
+    notes: list[tuple[str, str]] = field(default_factory=list)  # name, what could not be kept
     seconds: float = 0.0
 
 
@@ -28,44 +39,92 @@ def correct(
     model: Path | None = None,
     strength: float = 1.0,
     overwrite: bool = False,
-    device: str = "auto",
+    config: Path | None = None,
+    overrides: Sequence[str] = (),
     on_progress: Progress = silent,
 ) -> CorrectReport:
     """Correct every photo and write it under `out` with its name, format, depth and metadata.
 
     photos: files, folders (walked recursively, the tree is mirrored) or HDF5 files.  model: a
     training run's folder; None is the corrector that ships.  strength: 0 (no change) to 1.
-    overwrite: replace outputs of earlier runs; without it they are skipped.
-    Photos that cannot be corrected are listed in the report and the run goes on.
+    overwrite: replace outputs of earlier runs; without it they are skipped.  config, overrides:
+    a TOML file and key=value settings (`corrector.OPEN_SETTINGS`).
+    Photos that cannot be corrected are listed in the report and the run goes on.  Raises
+    EvenlightError where `out` cannot be written to.
     """
     if not 0 <= strength <= 1:
         raise UsageError(f"strength must be 0 to 1, got {strength}")
     started = time.monotonic()
     jobs = _jobs(photos, out)
-    corrector = load(model, device)
+    corrector = load(model, config, overrides)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise EvenlightError(f"cannot make folder {out}: {error.strerror}") from error
     report = CorrectReport()
     for done, (source, target) in enumerate(jobs, 1):
-        try:
-            if target.exists() and not overwrite:
-                report.skipped.append(source.name)
-            else:
-                photo = decode(source.read_bytes(), source.name)
-                pixels = corrector.correct(photo.pixels, strength)
-                target.parent.mkdir(parents=True, exist_ok=True)
-                encode(dataclasses.replace(photo, pixels=pixels), target)
-                report.corrected.append(source.name)
-        except PhotoError as error:
-            report.failed.append((source.name, str(error)))
-        except OSError as error:
-            raise EvenlightError(f"cannot write {target}: {error.strerror}") from error
+        if target.is_file() and not overwrite:
+            report.skipped.append(source.name)
+        else:
+            _correct_one(source, target, out, corrector, strength, report)
         on_progress("photos", done, len(jobs))
     report.seconds = time.monotonic() - started
     return report
 
 
+def _correct_one(
+    source: PhotoSource,
+    target: Path,
+    out: Path,
+    corrector: LoadedCorrector,
+    strength: float,
+    report: CorrectReport,
+) -> None:
+    limit = corrector.settings.photo.max_megapixels
+    try:
+        photo = decode(source.read_bytes(), source.name, max_megapixels=limit)
+        corrected = _corrected(photo, corrector, strength)
+    except PhotoError as error:
+        report.failed.append((source.name, str(error)))
+        return
+    except MemoryError:
+        report.failed.append((source.name, "needs more memory than there is"))
+        return
+    try:
+        _make_subfolders(target.parent, out)
+        encode(corrected, target)
+    except OSError as error:
+        reason = f"cannot write {target}: {error.strerror}"
+        if error.errno not in ONE_NAME:
+            raise EvenlightError(
+                f"{reason}; {len(report.corrected)} photos were corrected before it: put that "
+                "right and run the same command again to go on"
+            ) from error
+        report.failed.append((source.name, reason))
+        return
+    report.corrected.append(source.name)
+    report.notes += [(source.name, note) for note in photo.metadata.notes]
+
+
+def _corrected(photo: Photo, corrector: LoadedCorrector, strength: float) -> Photo:
+    """The photo with corrected pixels; gray stays gray, though the corrector may tint it."""
+    pixels = corrector.correct(photo.pixels, strength)
+    if photo.gray:
+        mean = np.rint(pixels.mean(2, keepdims=True)).astype(pixels.dtype)
+        pixels = np.repeat(mean, 3, axis=2)
+    return dataclasses.replace(photo, pixels=pixels)
+
+
+def _make_subfolders(folder: Path, out: Path) -> None:
+    """Make a folder below `out`, but never `out`: one that vanished during the run is an error."""
+    if folder != out and not folder.is_dir():
+        _make_subfolders(folder.parent, out)
+        folder.mkdir(exist_ok=True)
+
+
 def _jobs(photos: Sequence[Path], out: Path) -> list[tuple[PhotoSource, Path]]:
     """(photo, output path) of everything to do; refused where an output would hit an input."""
-    sources = [source for path in photos for source in list_photos(path)]
+    sources = _sources(photos, out)
     if not sources:
         raise UsageError(f"no photos found in {', '.join(map(str, photos))}")
     inputs = {source.path.resolve() for source in sources}
@@ -74,7 +133,26 @@ def _jobs(photos: Sequence[Path], out: Path) -> list[tuple[PhotoSource, Path]]:
         target = out / source.output_name
         if target.resolve() in inputs:
             raise UsageError(f"{target} is an input and is never overwritten: name another folder")
-        if target in targets:
-            raise UsageError(f"{source.path} and {targets[target].path} would both become {target}")
-        targets[target] = source
+        other = targets.setdefault(target, source)
+        if (other.path.resolve(), other.dataset) != (source.path.resolve(), source.dataset):
+            raise UsageError(
+                f"{other.path} and {source.path} would both become {target}: correct them into "
+                "two folders"
+            )
     return [(source, target) for target, source in targets.items()]
+
+
+def _sources(photos: Sequence[Path], out: Path) -> list[PhotoSource]:
+    """Every photo named; where `out` lies in a folder of photos, not what is in `out`."""
+    results = out.resolve()
+    sources = []
+    for path in photos:
+        if path.resolve() == results:
+            raise UsageError(f"{out} is the folder of inputs: name another folder for results")
+        within = results.is_relative_to(path.resolve())
+        sources += [
+            source
+            for source in list_photos(path)
+            if not (within and source.path.resolve().is_relative_to(results))
+        ]
+    return sources

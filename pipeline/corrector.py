@@ -1,12 +1,14 @@
 """A trained corrector with its priors, ready to correct photos."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
-from evenlight.cache.errors import EnvironmentLacks, StoreError
+from evenlight.cache.errors import EnvironmentLacks, StoreError, UsageError
 from evenlight.pipeline import config
 from evenlight.pipeline.models import Models, choose_device, load_models
 from evenlight.pipeline.train import priors_of
@@ -21,6 +23,11 @@ from evenlight.stages.priors.pseudo_gt import choose
 from evenlight.stages.settings import Settings
 
 SHIPPED = Path(__file__).parent.parent / "stages" / "weights" / "base"
+# What may differ from training: where it runs, which photos are too large, and where weights lie
+# (their content is checked).  Everything else is part of what the corrector learned.
+OPEN_SETTINGS = (
+    "run.device", "photo.max_megapixels", "regions.segmenter", "clip.weights",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -36,9 +43,10 @@ class LoadedCorrector:
         """Maps at the working size.  photo: uint8 at the priors' size, sides multiples of 8."""
         proto, p3 = prior_features(photo_HW3, self.models.segmenter)
         inputs = at_working_size(photo_HW3, proto, p3, self.settings.train.size)
+        device = next(self.network.parameters()).device
         with torch.inference_mode():
-            strength, residual = self.network(*inputs)
-        return fit_maps(inputs[0], strength, residual, self.settings.network.family)
+            strength, residual = self.network(*(x.to(device) for x in inputs))
+        return fit_maps(inputs[0], strength.cpu(), residual.cpu(), self.settings.network.family)
 
     def pseudo_gt(self, pixels_HW3: np.ndarray) -> dict[str, np.ndarray]:
         """The pseudo_gt part, and regions, of a photo that is in no store, at the priors' size."""
@@ -56,19 +64,21 @@ class LoadedCorrector:
         )
 
 
-def load(path: Path | None, device: str = "auto") -> LoadedCorrector:
+def load(
+    path: Path | None, config_file: Path | None = None, overrides: Sequence[str] = ()
+) -> LoadedCorrector:
     """The corrector of a training run's folder, or the shipped one for None.
 
-    Raises StoreError where the priors here are not those it was trained with.
+    config_file, overrides: settings among OPEN_SETTINGS.  Raises StoreError where the priors here
+    are not those it was trained with.
     """
     folder = path or SHIPPED
     if path is None and not SHIPPED.is_dir():
         raise EnvironmentLacks(
             "no corrector ships with this version: train one and name its folder with -m"
         )
-    device = choose_device(device)
     network, info, extra = load_corrector(folder)
-    settings = config.build(base=info["settings"], overrides=[f"run.device={device}"])
+    settings = _settings(folder, info["settings"], config_file, overrides)
     models = load_models(settings)
     scorer = Scorer.from_tensors(
         {key.removeprefix("scorer."): value for key, value in extra.items()}
@@ -80,4 +90,28 @@ def load(path: Path | None, device: str = "auto") -> LoadedCorrector:
                 f"corrector {folder} was trained with {prior} {wanted[:12]}, here is "
                 f"{found[prior][:12]}: put those weights back, or train again"
             )
+    device = choose_device(settings.run.device)
     return LoadedCorrector(network.to(device), settings, models, scorer)
+
+
+def _settings(
+    folder: Path, recorded: dict[str, Any], config_file: Path | None, overrides: Sequence[str]
+) -> Settings:
+    """The settings of training, with open ones changed as asked; where it ran does not count."""
+    recorded = {section: fields for section, fields in recorded.items() if section != "run"}
+    try:
+        trained = config.build(base=recorded)
+    except UsageError as error:
+        raise StoreError(
+            f"{folder} holds a corrector whose settings this version does not know ({error}): "
+            "use the version of evenlight that wrote it, or train again"
+        ) from error
+    settings = config.build(config_file, overrides, base=recorded)
+    before, now = (config.flatten(config.to_dict(s)) for s in (trained, settings))
+    for key, value in now.items():
+        if value != before[key] and key not in OPEN_SETTINGS:
+            raise UsageError(
+                f"{key} = {value!r} cannot be changed after training: corrector {folder} learned "
+                f"with {before[key]!r}; open to change are {', '.join(OPEN_SETTINGS)}"
+            )
+    return settings

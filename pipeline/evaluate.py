@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from evenlight.cache.errors import PhotoError, UsageError
+from evenlight.cache.files import sha256_bytes
 from evenlight.cache.schema import fingerprint
 from evenlight.pipeline.corrector import LoadedCorrector, load
 from evenlight.pipeline.precompute import Progress, silent
@@ -27,6 +28,7 @@ from evenlight.stages.images import decode
 from evenlight.stages.priors.pseudo_gt import re_expose
 
 SIDES = ("under", "over", "all")
+COLUMNS = "  side  photos   PSNR dB   SSIM  CIEDE2000"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,7 +47,7 @@ class Row:
 @dataclass(frozen=True, kw_only=True)
 class Evaluation:
     protocol: str
-    sets: dict[str, str]  # set -> digest of its list of photos
+    sets: dict[str, str]  # set -> digest of its photos and references, names and bytes
     rows: list[Row]
 
     def to_csv(self) -> str:
@@ -56,43 +58,61 @@ class Evaluation:
         writer.writerows(asdict(row) for row in self.rows)
         return text.getvalue()
 
+    def to_text(self) -> str:
+        """One table per set, and the protocol."""
+        width = max((len(row.method) for row in self.rows), default=0)
+        lines = []
+        for name, digest in self.sets.items():
+            lines += [f"{name} (digest {digest[:12]})", f"{'method':{width}}{COLUMNS}"]
+            for row in self.rows:
+                if row.data == name:
+                    figures = f"{row.psnr:9.2f} {row.ssim:6.3f} {row.colour:10.2f}"
+                    lines.append(f"{row.method:{width}}  {row.side:5} {row.photos:6} {figures}")
+            lines.append("")
+        return "\n".join([*lines, self.protocol])
+
 
 def evaluate(
     models: Sequence[Path],
     data: Sequence[str],
     *,
-    device: str = "auto",
+    config: Path | None = None,
+    overrides: Sequence[str] = (),
     on_progress: Progress = silent,
 ) -> Evaluation:
     """Measure every model, its pseudo-GT, and the baselines on every set.
 
     models: folders of training runs.  data: "LAYOUT:PATH", layouts as in
-    `stages.corrector.evaluate.LAYOUTS`.
+    `stages.corrector.evaluate.LAYOUTS`.  config, overrides: a TOML file and key=value settings
+    (`corrector.OPEN_SETTINGS`).  Raises UsageError where a set or a photo of it cannot be used:
+    a mean over fewer photos would be another figure.
     """
-    sets = {name: samples(*_split(name)) for name in data}
+    photos = {name: samples(*_split(name)) for name in data}
     methods = dict(BASELINES)
     for path in models:
-        corrector = load(path, device)
+        if str(path) in methods:
+            raise UsageError(f"model {path} is named twice")
+        corrector = load(path, config, overrides)
         methods[f"pseudo-GT of {path}"] = _pseudo_gt_method(corrector)
         methods[str(path)] = _corrector_method(corrector)
     rows: list[Row] = []
-    for name, photos in sets.items():
-        measured = _measure_all(photos, methods, on_progress)
+    sets: dict[str, str] = {}
+    for name, listed in photos.items():
+        measured, sets[name] = _measure_all(listed, methods, on_progress)
         rows += [row for method in methods for row in _means(name, method, measured[method])]
-    digests = {
-        name: fingerprint(photos=[[s.name, s.side, s.photo.name] for s in photos])
-        for name, photos in sets.items()
-    }
-    return Evaluation(protocol=PROTOCOL, sets=digests, rows=rows)
+    return Evaluation(protocol=PROTOCOL, sets=sets, rows=rows)
 
 
 def _measure_all(
     photos: Sequence[Sample], methods: dict[str, Method], on_progress: Progress
-) -> dict[str, list[tuple[str, Figures]]]:
-    """method -> (side, figures) of each photo; every photo is decoded once."""
+) -> tuple[dict[str, list[tuple[str, Figures]]], str]:
+    """(method -> (side, figures) of each photo, digest of the set); every photo is read once."""
     measured: dict[str, list[tuple[str, Figures]]] = {method: [] for method in methods}
+    digests: list[list[str]] = []
     for done, sample in enumerate(photos, 1):
-        photo, reference = _decoded(sample.photo), _decoded(sample.reference)
+        photo, photo_digest = _read(sample.photo)
+        reference, reference_digest = _read(sample.reference)
+        digests.append([sample.name, sample.side, photo_digest, reference_digest])
         if photo.shape != reference.shape:
             raise UsageError(
                 f"{sample.photo} is {photo.shape[1]}x{photo.shape[0]} and its reference "
@@ -102,7 +122,7 @@ def _measure_all(
         for name, method in methods.items():
             measured[name].append((side, measure(method(photo, reference), reference)))
         on_progress("photos", done, len(photos))
-    return measured
+    return measured, fingerprint(photos=digests)
 
 
 def _means(data: str, method: str, measured: Sequence[tuple[str, Figures]]) -> list[Row]:
@@ -140,9 +160,13 @@ def _split(text: str) -> tuple[str, Path]:
     return layout, Path(path)
 
 
-def _decoded(path: Path) -> np.ndarray:
+def _read(path: Path) -> tuple[np.ndarray, str]:
+    """(uint8 RGB pixels, sha256 of the file)"""
     try:
-        pixels = decode(path.read_bytes(), path.name).pixels
+        data = path.read_bytes()
+        pixels = decode(data, path.name).pixels
     except (OSError, PhotoError) as error:
         raise UsageError(f"{path}: {error}") from error
-    return pixels if pixels.dtype == np.uint8 else (pixels // 257).astype(np.uint8)
+    if pixels.dtype == np.uint16:
+        pixels = ((pixels.astype(np.uint32) + 128) // 257).astype(np.uint8)  # 65535 is 255
+    return pixels, sha256_bytes(data)

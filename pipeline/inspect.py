@@ -1,16 +1,19 @@
 """What is installed and what a store holds: doctor, cache info, cache verify, weights fetch."""
 
+import http.client
 import importlib.metadata
 import platform
-import urllib.error
 import urllib.request
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from evenlight.cache.errors import EnvironmentLacks, UsageError
+from evenlight.cache.errors import EnvironmentLacks, EvenlightError, UsageError
 from evenlight.cache.files import atomic_write, sha256_bytes
-from evenlight.cache.schema import Damage
-from evenlight.cache.store import Store
+
+if TYPE_CHECKING:  # zarr, which doctor must be able to miss
+    from evenlight.cache.schema import Damage
 
 PACKAGES = (
     "torch", "torchvision", "ultralytics", "open_clip_torch", "timm", "zarr", "h5py", "dask",
@@ -18,13 +21,32 @@ PACKAGES = (
 )  # fmt: skip
 OPTIONAL = ("mamba-ssm",)
 
-# name -> address.  Opened by `evenlight weights fetch` alone, on the user's word.
+ULTRALYTICS = "https://github.com/ultralytics/assets/releases/download/v8.4.0"
+HUGGING_FACE = "https://huggingface.co/timm/vit_base_patch32_clip_224.openai/resolve/main"
+
+
+@dataclass(frozen=True)
+class Official:
+    address: str  # opened by `evenlight weights fetch` alone, on the user's word
+    use: tuple[str, ...]  # settings that make the file the one in use; {} is its path
+
+
 OFFICIAL_WEIGHTS = {
-    "FastSAM-s": "https://github.com/ultralytics/assets/releases/download/v8.4.0/FastSAM-s.pt",
-    "FastSAM-x": "https://github.com/ultralytics/assets/releases/download/v8.4.0/FastSAM-x.pt",
-    "ViT-B-32-openai": "https://huggingface.co/timm/vit_base_patch32_clip_224.openai/"
-    "resolve/main/open_clip_model.safetensors",
+    "FastSAM-s": Official(f"{ULTRALYTICS}/FastSAM-s.pt", ("regions.segmenter={}",)),
+    "FastSAM-x": Official(f"{ULTRALYTICS}/FastSAM-x.pt", ("regions.segmenter={}",)),
+    # OpenAI trained with QuickGELU: under the name ViT-B-32 the same weights give other numbers.
+    "ViT-B-32-openai": Official(
+        f"{HUGGING_FACE}/open_clip_model.safetensors",
+        ("clip.model=ViT-B-32-quickgelu", "clip.weights={}"),
+    ),
 }
+
+
+@dataclass(frozen=True)
+class FetchedWeights:
+    path: Path
+    sha256: str
+    use: list[str]  # settings, key=value, that make these the weights in use
 
 
 def doctor() -> dict[str, Any]:
@@ -32,14 +54,7 @@ def doctor() -> dict[str, Any]:
 
     "lacks" lists what the commands cannot do without; it is empty on a healthy machine.
     """
-    import torch
-
-    from evenlight.stages.corrector.scan import choose
-
     versions = {name: _version(name) for name in PACKAGES}
-    cuda = torch.cuda.is_available()
-    threads = f"cpu, {torch.get_num_threads()} threads"
-    scan, reason = choose("cuda" if cuda else "cpu")
     weights = {name: _weights(name) for name in ("fastsam-n", "clip-lite0", "base/corrector")}
     lacks = [name for name, found in versions.items() if not found and name not in OPTIONAL]
     lacks += [name for name in ("fastsam-n", "clip-lite0") if not weights[name]]
@@ -47,16 +62,35 @@ def doctor() -> dict[str, Any]:
         "evenlight": _version("evenlight"),
         "python": platform.python_version(),
         "packages": versions,
-        "device": torch.cuda.get_device_name() if cuda else threads,
-        "scan": {"runs": scan, "why": reason},
+        **(_machine() if versions["torch"] else {"device": "", "scan": {}}),
         "weights": weights,
         "lacks": lacks,
     }
 
 
-def cache_info(store: Path) -> dict[str, Any]:
-    """Counts, parts, sizes and fingerprints of a store, and which units are stale or missing."""
-    from evenlight.pipeline import config
+def _machine() -> dict[str, Any]:
+    import torch
+
+    from evenlight.stages.corrector.scan import choose
+
+    cuda = torch.cuda.is_available()
+    scan, reason = choose("cuda" if cuda else "cpu")
+    threads = f"cpu, {torch.get_num_threads()} threads"
+    return {
+        "device": torch.cuda.get_device_name() if cuda else threads,
+        "scan": {"runs": scan, "why": reason},
+    }
+
+
+def cache_info(
+    store: Path, *, config: Path | None = None, overrides: Sequence[str] = ()
+) -> dict[str, Any]:
+    """Counts, parts, sizes and fingerprints of a store, and which units are stale or missing.
+
+    config, overrides: settings to compare it with, on top of its own.
+    """
+    from evenlight.cache.store import Store
+    from evenlight.pipeline.config import build
     from evenlight.pipeline.models import load_models
     from evenlight.pipeline.plan import made_by, recorded_plans
     from evenlight.pipeline.prompts import prompts_info
@@ -65,7 +99,7 @@ def cache_info(store: Path) -> dict[str, Any]:
         info = source.info()
         if not source.index.num_units:
             return info
-        settings = config.build(base=source.index.settings)
+        settings = build(config, overrides, base=source.index.settings)
         info["prompts"] = prompts_info(source.path)
         try:
             makers = made_by(load_models(settings), info["prompts"]["fingerprint"])
@@ -77,10 +111,12 @@ def cache_info(store: Path) -> dict[str, Any]:
     return info
 
 
-def cache_verify(store: Path, *, repair: bool = False) -> list[Damage]:
+def cache_verify(store: Path, *, repair: bool = False) -> "list[Damage]":
     """Check every stored byte against its record.  repair: forget damaged parts, so that
     `evenlight precompute` remakes exactly them."""
-    opened = Store.create_or_open(store) if repair else Store.open(store)
+    from evenlight.cache.store import Store
+
+    opened = Store.create_or_open(store) if repair and store.is_dir() else Store.open(store)
     with opened as source:
         damages = source.verify()
         if repair:
@@ -90,28 +126,32 @@ def cache_verify(store: Path, *, repair: bool = False) -> list[Damage]:
     return damages
 
 
-def fetch_weights(name: str, folder: Path) -> Path:
+def fetch_weights(name: str, folder: Path) -> FetchedWeights:
     """Download official weights: the only function of evenlight that opens a connection.
 
-    Returns the file written.  Raises EnvironmentLacks where the host cannot be reached.
+    Raises EnvironmentLacks where the host cannot be reached or hangs up before the end.
     """
     if name not in OFFICIAL_WEIGHTS:
         raise UsageError(f"unknown weights {name!r}; known: {', '.join(OFFICIAL_WEIGHTS)}")
-    address = OFFICIAL_WEIGHTS[name]
+    official = OFFICIAL_WEIGHTS[name]
     try:
-        with urllib.request.urlopen(address, timeout=30) as response:
+        with urllib.request.urlopen(official.address, timeout=30) as response:
             data = response.read()
-    except (urllib.error.URLError, OSError) as error:
-        reason = getattr(error, "reason", error)
+    except (OSError, http.client.HTTPException) as error:  # URLError is an OSError
+        reason = getattr(error, "reason", "") or error
         raise EnvironmentLacks(
-            f"cannot fetch {name} from {address} ({reason}): check the connection, or download "
-            "the file elsewhere and give its path"
+            f"cannot fetch {name} from {official.address} ({reason}): check the connection, or "
+            "download the file elsewhere and give its path"
         ) from error
-    folder.mkdir(parents=True, exist_ok=True)
-    target = folder / f"{name}{Path(address).suffix}"
-    atomic_write(target, data)
-    atomic_write(target.with_suffix(".sha256"), f"{sha256_bytes(data)}  {target.name}\n".encode())
-    return target
+    target = folder / f"{name}{Path(official.address).suffix}"
+    digest = sha256_bytes(data)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        atomic_write(target, data)
+        atomic_write(target.with_suffix(".sha256"), f"{digest}  {target.name}\n".encode())
+    except OSError as error:
+        raise EvenlightError(f"cannot write {target}: {error.strerror}") from error
+    return FetchedWeights(target, digest, [text.format(target.absolute()) for text in official.use])
 
 
 def _version(package: str) -> str:
