@@ -104,6 +104,23 @@ def test_bad_files_are_named_with_a_reason_and_the_rest_is_made(photos, tmp_path
         assert len(store.slots("pseudo_gt")) == 5
 
 
+def test_an_hdf5_file_of_images_makes_the_same_priors_as_the_photos(photos, tmp_path):
+    import h5py
+    from PIL import Image
+
+    names = sorted(p.stem for p in photos.iterdir())
+    with h5py.File(tmp_path / "photos.h5", "w") as file:
+        for name in names:
+            file[name] = np.asarray(Image.open(photos / f"{name}.png"))
+    precompute(tmp_path / "photos.h5", tmp_path / "H", settings=SETTINGS, models=toys())
+    precompute(photos, tmp_path / "S", settings=SETTINGS, models=toys())
+    with Store.open(tmp_path / "H") as one, Store.open(tmp_path / "S") as other:
+        slots = one.slots("pseudo_gt")
+        assert len(slots) == 5
+        for array in ("photo", "pseudo_gt", "strength"):
+            assert np.array_equal(one.rows(array, slots), other.rows(array, slots))
+
+
 SAMPLE_VALUES = {
     "photo.size": 96, "photo.max_megapixels": 64, "regions.confidence": 0.2, "regions.iou": 0.5,
     "regions.min_area": 0.01, "regions.max_regions": 9, "clip.model": "other",
