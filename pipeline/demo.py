@@ -41,6 +41,7 @@ PHOTOS = (
 HELD_OUT = ("chelsea", "bus")
 SHIFTS_EV = (-2.5, -1.5, 0.0, 1.0, 1.8)
 SIDE = 640  # pixels; larger photos are shrunk first
+SMALL_RUN = ("train.steps=240", "train.size=192", "train.crop=128", "train.validate_every=60")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,7 +59,7 @@ def demo(
     on_progress: Progress = silent,
 ) -> DemoResult:
     """Run every step in `out` and write report.html there.  overrides: settings, key=value."""
-    settings = config.build(overrides=["train.steps=240", "train.validate_every=60", *overrides])
+    settings = config.build(overrides=[*SMALL_RUN, *overrides])
     originals = {
         Path(name).stem: _installed_photo(*where) for where in photos for name in where[1:]
     }
