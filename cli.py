@@ -82,6 +82,8 @@ def precompute(
     with progress() as on_progress:
         report = run(photos, store, settings=settings, scheduler=scheduler, on_progress=on_progress)
     _finish_run(report, as_json)
+    if report.failed:
+        raise typer.Exit(SOME_FAILED)
 
 
 @app.command("tune-clip")
@@ -115,7 +117,7 @@ def regenerate(
     settings = _store_settings(store, config, set_)
     with progress() as on_progress:
         report = run(store, settings=settings, on_progress=on_progress)
-    _finish_run(report, as_json)
+    _finish_run(report, as_json)  # photos that failed did so in precompute: not a failure here
 
 
 @app.command()
@@ -339,8 +341,6 @@ def _finish_run(report: Any, as_json: bool) -> None:
     )
     _list_failures(report.failed)
     emit(report, as_json)
-    if report.failed:
-        raise typer.Exit(SOME_FAILED)
 
 
 def _list_failures(failed: list[tuple[str, str]]) -> None:

@@ -1,7 +1,5 @@
-"""How good corrected photos are: metrics, the sets they are measured on, and honest baselines.
-
-PSNR and SSIM on 8-bit rounded RGB at the reference's own size (range 255; SSIM 11x11 Gaussian,
-sigma 1.5, mean over channels), colour difference as CIEDE2000 in CIELAB, all as means over photos.
+"""How good corrected photos are: metrics (PROTOCOL says which), the sets they are measured on, and
+honest baselines.
 """
 
 # H W pixels
@@ -28,9 +26,9 @@ GAMMA_SEARCH = np.linspace(-2.5, 2.5, 101)
 MAX_PSNR = 100.0  # dB, of an output without an error, so that means stay finite
 COLOUR_PIXELS = 2**20  # at a time: CIEDE2000 takes some 200 bytes a pixel
 PROTOCOL = (
-    "PSNR (at most 100 dB) and SSIM (11x11 Gaussian, sigma 1.5, mean over channels) on sRGB "
-    "rounded to 8 bits, range 255, native size, no resizing, no crop, no gain matching; colour "
-    "difference CIEDE2000 (D65); means over photos"
+    "PSNR (at most 100 dB) and SSIM (11x11 Gaussian, sigma 1.5, borders reflected, mean over "
+    "channels) on sRGB rounded to 8 bits, range 255, native size, no resizing, no crop, no gain "
+    "matching; colour difference CIEDE2000 (D65); means over photos"
 )
 
 

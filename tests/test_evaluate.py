@@ -1,0 +1,296 @@
+"""Evaluation: figures against known values, every layout, honest tables."""
+
+import csv
+import io
+import json
+from pathlib import Path
+from statistics import fmean
+
+import cv2
+import numpy as np
+import pytest
+from photo_makers import picture
+from PIL import Image
+from skimage.metrics import structural_similarity
+from toy_corrector import run_cli, save_toy_corrector, toy_models
+
+from evenlight.cache.errors import StoreError, UsageError
+from evenlight.pipeline.evaluate import evaluate
+from evenlight.stages.corrector import evaluate as stage
+from evenlight.stages.corrector.evaluate import (
+    BASELINES,
+    GAMMA_SEARCH,
+    best_gamma,
+    film_rule,
+    measure,
+    samples,
+)
+from evenlight.stages.pixels import luma, to_bytes, to_float
+from evenlight.stages.priors import tone
+
+# name -> files of one good folder: (path, side)
+LAYOUTS = {
+    "pairs": {
+        "input/a.png": "", "input/b.jpg": "", "reference/a.jpg": None, "reference/b.png": None,
+    },
+    "triplets": {
+        "one/under.png": "under", "one/over.png": "over", "one/ref.png": None,
+        "two/over.jpg": "over", "two/ref.png": None,
+    },
+    "msec": {
+        f"testing/INPUT_IMAGES/a1-x_{end}.JPG": side
+        for end, side in (
+            ("N1.5", "under"), ("N1", "under"), ("0", "over"), ("P1", "over"), ("P1.5", "over"),
+        )
+    } | {"testing/expert_c_testing_set/a1-x.jpg": None},
+    "sice": {"low/7.png": "under", "over/7.png": "over", "mid/7.png": None},
+    "lcdp": {"input/a.png": "", "gt/a.png": None},
+}  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def toys(monkeypatch):
+    monkeypatch.setattr("evenlight.pipeline.corrector.load_models", toy_models)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return save_toy_corrector(tmp_path_factory.mktemp("model"))
+
+
+def write(path: Path, pixels: np.ndarray) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(pixels).save(path)
+    return path
+
+
+def scene(strength: float, seed: int = 0, size: tuple[int, int] = (48, 64)) -> np.ndarray:
+    """One picture re-exposed by the film curve."""
+    rgb = to_float(picture(*size, 3, seed=seed))
+    return to_bytes(tone.apply("film", rgb, strength)).numpy()
+
+
+def write_triplets(root: Path, count: int = 2) -> Path:
+    for seed in range(count):
+        for name, strength in (("under", -1.2), ("ref", 0.0), ("over", 0.9)):
+            write(root / f"scene{seed}/{name}.png", scene(strength, seed))
+    return root
+
+
+@pytest.mark.parametrize("error", [1, 5, 40])
+def test_psnr_of_a_known_error(error):
+    reference = np.full((40, 50, 3), 100, np.uint8)
+    expected = 20 * np.log10(255 / error)
+    assert measure(reference + np.uint8(error), reference).psnr == pytest.approx(expected, abs=1e-4)
+
+
+def test_an_exact_output_is_100_db_ssim_1_and_no_colour_difference():
+    photo = picture(40, 50, 3)
+    assert measure(photo, photo) == stage.Figures(psnr=100.0, ssim=pytest.approx(1), colour=0)
+
+
+def test_ssim_is_that_of_the_paper_as_scikit_image_computes_it():
+    photo, other = picture(64, 80, 3), scene(-0.8, size=(64, 80))
+    border = [(5, 5), (5, 5), (0, 0)]
+    _, full = structural_similarity(
+        *(np.pad(x, border, mode="reflect") for x in (photo, other)),
+        channel_axis=2, gaussian_weights=True, sigma=1.5, data_range=255,
+        use_sample_covariance=False, full=True,
+    )  # fmt: skip
+    assert measure(other, photo).ssim == pytest.approx(full[5:-5, 5:-5].mean(), abs=1e-4)
+
+
+@pytest.mark.parametrize("rows", [1, 7, 1000])
+def test_colour_difference_of_known_colours_in_strips_of_any_size(rows, monkeypatch):
+    monkeypatch.setattr(stage, "COLOUR_PIXELS", rows * 32)
+    black, white = np.zeros((20, 32, 3), np.uint8), np.full((20, 32, 3), 255, np.uint8)
+    assert measure(white, black).colour == pytest.approx(100, abs=0.01)  # L* from 0 to 100
+    half = black.copy()
+    half[:5] = 255
+    assert measure(half, black).colour == pytest.approx(25, abs=0.01)
+
+
+def test_best_gamma_is_the_best_of_all_it_searches():
+    photo, reference = scene(-0.9), scene(0.0)
+    best = measure(best_gamma(photo, reference), reference).psnr
+    for t in GAMMA_SEARCH:
+        other = to_bytes(tone.apply("gamma", to_float(photo), float(t))).numpy()
+        assert measure(other, reference).psnr <= best + 1e-4
+    assert best > measure(photo, reference).psnr + 3
+    assert np.array_equal(best_gamma(reference, reference), reference)
+
+
+def test_the_film_rule_brings_mean_luma_to_119():
+    for strength in (-1.5, 0.0, 1.0):
+        ruled = film_rule(scene(strength), scene(0.0))
+        assert float(luma(to_float(ruled)).mean()) * 255 == pytest.approx(119, abs=2)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_every_layout_is_found_with_its_sides(layout, tmp_path):
+    for number, name in enumerate(LAYOUTS[layout]):
+        write(tmp_path / name, picture(32, 40, 3, seed=number))
+    (tmp_path / "readme.txt").write_text("not a photo")
+    found = samples(layout, tmp_path)
+    expected = {name: side for name, side in LAYOUTS[layout].items() if side is not None}
+    assert {str(s.photo.relative_to(tmp_path)): s.side for s in found} == expected
+    assert all(LAYOUTS[layout][str(s.reference.relative_to(tmp_path))] is None for s in found)
+    table = evaluate([], [f"{layout}:{tmp_path}"])
+    counts = {row.side: row.photos for row in table.rows if row.method == "identity"}
+    assert counts["all"] == len(expected)
+    assert counts["all"] == counts.get("under", 0) + counts.get("over", 0)
+
+
+def test_sides_that_a_layout_does_not_say_are_measured(tmp_path):
+    for name, strength in (("dark", -1.0), ("darker", -1.5), ("bright", 1.0)):
+        write(tmp_path / f"input/{name}.png", scene(strength))
+        write(tmp_path / f"reference/{name}.png", scene(0.0))
+    rows = evaluate([], [f"pairs:{tmp_path}"]).rows
+    counts = {row.side: row.photos for row in rows if row.method == "identity"}
+    assert counts == {"under": 2, "over": 1, "all": 3}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_folder_in_another_layout_is_refused_in_words(layout, tmp_path):
+    write(tmp_path / "somewhere/a.png", picture(32, 40, 3))
+    with pytest.raises(UsageError, match=f"the layout '{layout}' is .*NAME|SCENE"):
+        samples(layout, tmp_path)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_photo_without_its_reference_is_refused_and_not_left_out(layout, tmp_path):
+    names = list(LAYOUTS[layout])
+    for name in names:
+        write(tmp_path / name, picture(32, 40, 3))
+    (tmp_path / next(n for n in names if LAYOUTS[layout][n] is None)).unlink()
+    with pytest.raises(UsageError, match=r"has no reference|needs ref"):
+        samples(layout, tmp_path)
+
+
+def test_bad_arguments_are_refused_in_words(tmp_path):
+    write(tmp_path / "input/a.png", picture(32, 40, 3))
+    write(tmp_path / "reference/a.png", picture(32, 41, 3))
+    for data, words in (
+        ("nonsense", "LAYOUT:PATH"),
+        ("square:/tmp", "unknown layout 'square'; known: pairs"),
+        (f"pairs:{tmp_path / 'missing'}", "is not a folder"),
+        (f"pairs:{tmp_path}", "40x32 and its reference 41x32: sizes must agree"),
+    ):
+        with pytest.raises(UsageError, match=words):
+            evaluate([], [data])
+    write(tmp_path / "input/a.jpg", picture(32, 40, 3))
+    with pytest.raises(UsageError, match=r"a\.jpg and a\.png have one name"):
+        evaluate([], [f"pairs:{tmp_path}"])
+
+
+def test_a_damaged_photo_ends_it_by_name(tmp_path):
+    root = write_triplets(tmp_path)
+    path = root / "scene0/over.png"
+    path.write_bytes(path.read_bytes()[:400])
+    with pytest.raises(UsageError, match=r"scene0/over\.png: .*truncated"):
+        evaluate([], [f"triplets:{root}"])
+
+
+@pytest.fixture(scope="module")
+def table(tmp_path_factory):
+    """Two models on two sets."""
+    folder = tmp_path_factory.mktemp("table")
+    first, second = save_toy_corrector(folder / "A"), save_toy_corrector(folder / "B")
+    triplets = write_triplets(folder / "triplets")
+    write(folder / "pairs/input/a.png", scene(-1.0, seed=9))
+    write(folder / "pairs/reference/a.png", scene(0.0, seed=9))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("evenlight.pipeline.corrector.load_models", toy_models)
+        return evaluate([first, second], [f"triplets:{triplets}", f"pairs:{folder / 'pairs'}"])
+
+
+def test_every_model_and_baseline_is_in_the_table_of_every_set(table):
+    assert len(table.sets) == 2
+    for name in table.sets:
+        methods = [row.method for row in table.rows if row.data == name and row.side == "all"]
+        assert methods[:3] == list(BASELINES) == [
+            "identity", "film rule", "best gamma (answer in hand)",
+        ]  # fmt: skip
+        assert len(methods) == 7 and methods[3] == f"pseudo-GT of {methods[4]}"
+        assert methods[4].endswith("/A") and methods[6].endswith("/B")
+
+
+def test_without_a_model_the_baselines_are_there(tmp_path):
+    rows = evaluate([], [f"triplets:{write_triplets(tmp_path)}"]).rows
+    assert {row.method for row in rows} == set(BASELINES)
+    assert len(rows) == 9
+
+
+def test_all_is_the_mean_over_photos_and_oracles_beat_identity(table):
+    (name, *_) = table.sets
+    rows = {(row.method, row.side): row for row in table.rows if row.data == name}
+    for method in {method for method, _ in rows}:
+        under, over, every = (rows[method, side] for side in ("under", "over", "all"))
+        assert every.photos == under.photos + over.photos == 4
+        assert every.psnr == pytest.approx(fmean([under.psnr, over.psnr]))
+    gamma, identity = rows["best gamma (answer in hand)", "all"], rows["identity", "all"]
+    assert gamma.psnr > identity.psnr + 1
+
+
+def test_csv_json_and_text_say_the_same_as_the_rows(table, tmp_path, monkeypatch, capsys):
+    read = list(csv.DictReader(io.StringIO(table.to_csv())))
+    assert [{k: str(v) for k, v in vars(row).items()} for row in table.rows] == read
+    text = table.to_text()
+    assert all(f"{row.psnr:.2f}" in text and row.method in text for row in table.rows)
+    assert table.protocol in text and all(d[:12] in text for d in table.sets.values())
+
+    root = write_triplets(tmp_path / "set")
+    arguments = ("evaluate", "--data", f"triplets:{root}", "--csv", tmp_path / "rows.csv")
+    assert run_cli(monkeypatch, *arguments, "--json") == 0
+    document = json.loads(capsys.readouterr().out)
+    rows = list(csv.DictReader((tmp_path / "rows.csv").open()))
+    assert [{k: str(v) for k, v in row.items()} for row in document["rows"]] == rows
+    assert document["protocol"] == table.protocol
+
+
+def test_the_digest_of_a_set_follows_its_photos_and_not_its_place(tmp_path):
+    def digest(root: Path) -> str:
+        (value,) = evaluate([], [f"triplets:{root}"]).sets.values()
+        return value
+
+    root = write_triplets(tmp_path / "here")
+    before = digest(root)
+    assert digest(root.rename(tmp_path / "there")) == before
+    root = tmp_path / "there"
+    (root / "scene1/over.png").unlink()
+    fewer = digest(root)
+    write(root / "scene1/under.png", scene(-1.21, seed=1))
+    assert len({before, fewer, digest(root)}) == 3
+
+
+def test_photos_are_measured_at_their_own_size_and_depth(model, tmp_path, monkeypatch):
+    sizes = []
+    real = stage.measure
+    monkeypatch.setattr(
+        "evenlight.pipeline.evaluate.measure",
+        lambda output, reference: (
+            sizes.append((output.shape, output.dtype)) or real(output, reference)
+        ),
+    )
+    write(tmp_path / "reference/a.png", scene(0.0, size=(203, 157)))
+    (tmp_path / "input").mkdir()
+    deep = scene(-1.0, size=(203, 157)).astype(np.uint16) * 257 + 40
+    (tmp_path / "input/a.png").write_bytes(cv2.imencode(".png", deep[..., ::-1])[1].tobytes())
+    evaluate([model], [f"pairs:{tmp_path}"])
+    assert sizes == [((203, 157, 3), np.uint8)] * 5
+
+
+def test_a_model_trained_with_other_priors_is_refused_with_exit_3(tmp_path, monkeypatch, capsys):
+    other = save_toy_corrector(tmp_path / "other", segmenter=7)
+    root = write_triplets(tmp_path / "set")
+    with pytest.raises(StoreError, match="trained with segmenter"):
+        evaluate([other], [f"triplets:{root}"])
+    data = f"triplets:{root}"
+    assert run_cli(monkeypatch, "evaluate", "-m", other, "--data", data) == 3
+    said = capsys.readouterr()
+    assert said.out == "" and "put those weights back" in said.err
+
+
+def test_a_model_named_twice_is_refused(model, tmp_path):
+    with pytest.raises(UsageError, match="named twice"):
+        evaluate([model, model], [f"triplets:{write_triplets(tmp_path)}"])
