@@ -1,0 +1,90 @@
+"""From a store to training tensors: nothing stale, and the same inputs as when correcting."""
+
+import numpy as np
+import pytest
+import torch
+from toys import ToyClip, ToySegmenter, write_photos
+
+from evenlight.cache.errors import StoreError
+from evenlight.cache.store import Store
+from evenlight.pipeline import config
+from evenlight.pipeline.models import Models
+from evenlight.pipeline.precompute import precompute
+from evenlight.pipeline.prompts import store_scorer
+from evenlight.pipeline.train import load_data, refuse_stale
+from evenlight.stages.corrector.inputs import at_working_size, prior_features
+from evenlight.stages.images import decode, working
+
+SMALL = ["photo.size=96", "run.unit_size=2", "ladder.regions=3"]
+SETTINGS = config.build(overrides=SMALL)
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("data")
+    write_photos(folder / "photos", 3, size=120)
+    models = Models(ToySegmenter(), ToyClip())
+    precompute(folder / "photos", folder / "S", settings=SETTINGS, models=models)
+    with Store.open(folder / "S") as opened:
+        yield opened
+
+
+def prompts(store) -> str:
+    return store_scorer(store.path, None).fingerprint
+
+
+def test_a_fresh_store_is_accepted(store):
+    refuse_stale(store, SETTINGS, Models(ToySegmenter(), ToyClip()), prompts(store))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "models", "said"),
+    [
+        (["regions.iou=0.7"], Models(ToySegmenter(), ToyClip()), r"regions.*precompute"),
+        ([], Models(ToySegmenter(1), ToyClip()), r"regions.*precompute"),
+        ([], Models(ToySegmenter(), ToyClip(1)), r"embeddings.*precompute"),
+        (["pseudo_gt.blend=0.5"], Models(ToySegmenter(), ToyClip()), r"pseudo_gt.*regenerate"),
+    ],
+)
+def test_a_stale_store_is_refused_with_the_cure(store, overrides, models, said):
+    changed = config.build(overrides=[*SMALL, *overrides])
+    with pytest.raises(StoreError, match=said):
+        refuse_stale(store, changed, models, prompts(store))
+
+
+def test_training_sees_what_correcting_sees(store):
+    """Cached features, brought to the working size, equal those made afresh from the file."""
+    data = load_data(store, 64, "cpu")
+    name = data.names[1]
+    file = next(p for p in (store.path.parent / "photos").iterdir() if p.name == name)
+    photo = working(decode(file.read_bytes(), name).pixels, SETTINGS.photo.size)
+    rgb, proto, p3 = at_working_size(photo, *prior_features(photo, ToySegmenter()), 64)
+    height, width = data.extent[1].tolist()
+    assert rgb.shape[2:] == (height, width)
+    assert torch.equal(data.photo[1, :, :height, :width], (rgb[0] * 255).round().byte())
+    cached = data.proto[1, :, : height // 4, : width // 4].float()
+    assert torch.allclose(cached, proto[0], atol=1e-3)
+    cached = data.p3[1, :, : height // 8, : width // 8].float()
+    assert torch.allclose(cached, p3[0], atol=1e-3)
+
+
+def test_beyond_its_extent_a_photo_repeats_its_edge(store):
+    data = load_data(store, 64, "cpu")
+    height, width = data.extent[0].tolist()
+    assert (height, width) == (64, 48)
+    edge = data.photo[0, :, :, width - 1 : width]
+    assert torch.equal(data.photo[0, :, :, width:], edge.expand(-1, -1, 64 - width))
+
+
+def test_the_paper_preset_makes_one_gamma_per_photo(store, tmp_path):
+    settings = config.build(overrides=[*SMALL, "preset=paper"])
+    models = Models(ToySegmenter(), ToyClip())
+    precompute(store.path.parent / "photos", tmp_path / "P", settings=settings, models=models)
+    with Store.open(tmp_path / "P") as paper:
+        rows = paper.read(0, ["t_map", "photo", "pseudo_gt", "strength", "extent"])
+        height, width = rows["extent"][0]
+        assert np.ptp(rows["t_map"][0, : height // 4, : width // 4]) == 0
+        value = rows["photo"][0, :height, :width] / 255
+        wanted = value ** np.exp(-float(rows["t_map"][0, 0, 0])) * 255
+        made = rows["pseudo_gt"][0, :height, :width]
+        assert np.abs(made - wanted).max() < 1
