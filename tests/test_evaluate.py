@@ -274,9 +274,11 @@ def test_photos_are_measured_at_their_own_size_and_depth(model, tmp_path, monkey
     )
     write(tmp_path / "reference/a.png", scene(0.0, size=(203, 157)))
     (tmp_path / "input").mkdir()
-    deep = scene(-1.0, size=(203, 157)).astype(np.uint16) * 257 + 40
+    deep = scene(0.0, size=(203, 157)).astype(np.uint16) * 257
+    deep = np.where(deep > 0, deep - 40, 0).astype(np.uint16)  # the same once rounded to 8 bits
     (tmp_path / "input/a.png").write_bytes(cv2.imencode(".png", deep[..., ::-1])[1].tobytes())
-    evaluate([model], [f"pairs:{tmp_path}"])
+    rows = evaluate([model], [f"pairs:{tmp_path}"]).rows
+    assert rows[0].method == "identity" and rows[0].psnr == 100
     assert sizes == [((203, 157, 3), np.uint8)] * 5
 
 
