@@ -103,6 +103,7 @@ def _train(
     amp = options.amp and device.type == "cuda" and torch.cuda.is_bf16_supported()
     log.info("training on %s, scan: %s (%s)", device, *choose(device))
 
+    latest: dict[str, Tensor] = {}
     while run.step < options.steps:
         started = time.perf_counter()
         step, rate = run.step, learning_rate(run.step, settings)
@@ -143,10 +144,11 @@ def _train(
         run.step += 1
         run.history.append(time.perf_counter() - started)
 
-        # log, calibrate, validate, save
+        # log (each part as last measured: some run on every n-th step), calibrate, validate, save
+        latest |= {name: part.detach() for name, part in parts.items()}
         last = run.step == options.steps
         if run.step % options.log_every == 0 or last:
-            values = {name: float(part.detach()) for name, part in parts.items()}
+            values = {name: float(part) for name, part in latest.items()}
             line = {"loss": float(loss.detach()), "parts": values, "gradient": float(norm)}
             record(run.step, line | {"rate": rate, "seconds": run.history[-1]})
         if run.step == run.calibration.window[1] and not run.calibration.done:
