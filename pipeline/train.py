@@ -56,7 +56,7 @@ def train(
         settings,
         out,
         info={
-            "settings": config.to_dict(settings),
+            "settings": {k: v for k, v in config.to_dict(settings).items() if k != "run"},
             "priors": priors_of(models, scorer.fingerprint),
             "store": digest,
         },

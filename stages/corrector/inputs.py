@@ -41,7 +41,7 @@ def prior_features(photo_HW3: np.ndarray, taps: FeatureTaps) -> tuple[Tensor, Te
     with torch.no_grad():
         proto, p3 = taps.features(padded)
     # float16 as in the store, so that cached and fresh features give the same correction
-    proto, p3 = proto.half().float(), p3.half().float()
+    proto, p3 = proto.half().float().cpu(), p3.half().float().cpu()
     return proto[..., : height // 4, : width // 4], p3[..., : height // 8, : width // 8]
 
 

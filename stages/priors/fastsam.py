@@ -112,7 +112,7 @@ class FastSAM:
         rgb_B3HW: sRGB in [0, 1], H and W multiples of 32.
         Returns proto_B32hw at /4 and p3_BChw at /8.
         """
-        p3_BChw = self._run(rgb_B3HW, P3_LAYER)[P3_LAYER]
+        p3_BChw = self._run(rgb_B3HW.to(self._device), P3_LAYER)[P3_LAYER]
         return self.head.proto(p3_BChw), p3_BChw
 
     @torch.no_grad()

@@ -91,7 +91,7 @@ def embed_photo(
     crops = [region_crop(rgb, labels == label, embedder.size) for label, _ in regions]
     shifted = [tone.apply(settings.family, crop, offsets.view(-1, 1, 1, 1)) for crop in crops]
 
-    embeddings = embedder.embed(torch.cat([small, ladder, *shifted])).numpy()
+    embeddings = embedder.embed(torch.cat([small, ladder, *shifted])).cpu().numpy()
     num_ladder = len(settings.offsets)
     clip_regions = np.zeros(
         (settings.regions, len(settings.region_offsets), embedder.dim), np.float16
