@@ -103,7 +103,6 @@ def _train(
     amp = options.amp and device.type == "cuda" and torch.cuda.is_bf16_supported()
     log.info("training on %s, scan: %s (%s)", device, *choose(device))
 
-    latest: dict[str, Tensor] = {}
     while run.step < options.steps:
         started = time.perf_counter()
         step, rate = run.step, learning_rate(run.step, settings)
@@ -144,11 +143,10 @@ def _train(
         run.step += 1
         run.history.append(time.perf_counter() - started)
 
-        # log (each part as last measured: some run on every n-th step), calibrate, validate, save
-        latest |= {name: part.detach() for name, part in parts.items()}
+        # log, calibrate, validate, save
         last = run.step == options.steps
         if run.step % options.log_every == 0 or last:
-            values = {name: float(part) for name, part in latest.items()}
+            values = {name: float(part.detach()) for name, part in parts.items()}
             line = {"loss": float(loss.detach()), "parts": values, "gradient": float(norm)}
             record(run.step, line | {"rate": rate, "seconds": run.history[-1]})
         if run.step == run.calibration.window[1] and not run.calibration.done:
@@ -223,8 +221,11 @@ def _sample(batch: Batch, output: Tensor, paired: bool) -> Sample:
 
 
 def _spc_rows(step: int, settings: Settings) -> slice | None:
-    """The photos that FastSAM and CLIP see in this step, from either half in turn; or None."""
-    turn, idle = divmod(step, settings.train.spc_every)
+    """The photos that FastSAM and CLIP see in this step, from either half in turn; or None.
+
+    The last of every spc_every steps has them, so that logged steps show these parts too.
+    """
+    turn, idle = divmod(step + 1, settings.train.spc_every)
     if idle:
         return None
     half = settings.train.batch // 2
