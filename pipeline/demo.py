@@ -61,7 +61,7 @@ def demo(
     """Run every step in `out` and write report.html there.  overrides: settings, key=value."""
     settings = config.build(overrides=[*SMALL_RUN, *overrides])
     originals = {
-        Path(name).stem: _installed_photo(*where) for where in photos for name in where[1:]
+        Path(name).stem: installed_photo(*where) for where in photos for name in where[1:]
     }
     _write_inputs(out, originals)
     store, run = out / "priors.zarr", out / "run"
@@ -93,7 +93,7 @@ def demo(
     )
 
 
-def _installed_photo(folder: str, name: str) -> np.ndarray:
+def installed_photo(folder: str, name: str) -> np.ndarray:
     """A photo out of an installed package, found without importing the package."""
     package, _, rest = folder.partition("/")
     spec = importlib.util.find_spec(package)
