@@ -70,13 +70,13 @@ def precompute(
     sources = {source.name: source for source in list_photos(photos)}
     if not sources:
         raise UsageError(f"no photos found in {photos}")
-    digests = {}
-    for done, (name, source) in enumerate(sources.items(), 1):
-        digests[name] = _digest(source)
-        on_progress("photos read", done, len(sources))
-    injected, models = models, models or load_models(settings)
-
+    # the lock comes first: a second run must be refused before it loads anything
     with Store.create_or_open(store, unit_size=settings.run.unit_size) as target:
+        digests = {}
+        for done, (name, source) in enumerate(sources.items(), 1):
+            digests[name] = _digest(source)
+            on_progress("photos read", done, len(sources))
+        injected, models = models, models or load_models(settings)
         _write_index(target, target.index.updated(sources), settings, photos)
         tools = Tools(settings, models, store_scorer(target.path, models.clip))
         target.ensure_arrays([spec for part in PARTS for spec in tools.specs(part)])
