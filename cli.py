@@ -1,26 +1,16 @@
 """The command line: parse, call one function of the pipeline, print, exit with a code."""
 
-import contextlib
-import json
-import math
 import signal
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, is_dataclass
+from dataclasses import asdict
 from pathlib import Path
 from types import FrameType
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from evenlight import __version__
-from evenlight.cache.errors import (
-    EnvironmentLacks,
-    EvenlightError,
-    StoreError,
-    UsageError,
-)
+from evenlight.cache.errors import EnvironmentLacks, EvenlightError, StoreError, UsageError
+from evenlight.pipeline.console import emit, print_failures, print_tree, progress, stderr
 
 SOME_FAILED, USAGE, STORE, ENVIRONMENT = 1, 2, 3, 4
 EXIT_CODES: tuple[tuple[type[EvenlightError], int], ...] = (
@@ -40,9 +30,6 @@ cache_app = typer.Typer(help="Look into a store of priors.", no_args_is_help=Tru
 weights_app = typer.Typer(help="Official weights.", no_args_is_help=True)
 app.add_typer(cache_app, name="cache")
 app.add_typer(weights_app, name="weights")
-# Names of photos are printed as they are: never read as markup or emoji codes.
-stderr = Console(stderr=True, highlight=False, markup=False, emoji=False, soft_wrap=True)
-
 StoreOption = Annotated[Path, typer.Option("-s", "--store", help="Folder of the store.")]
 ModelOption = Annotated[
     Path | None, typer.Option("-m", "--model", help="Folder of a training run; default: shipped.")
@@ -74,11 +61,10 @@ def precompute(
     as_json: JsonOption = False,
 ) -> None:
     """Make or complete a store of priors: regions, embeddings, pseudo-ground-truth."""
-    from evenlight.pipeline.config import build
     from evenlight.pipeline.precompute import precompute as run
 
     overrides = [*(set_ or []), *([f"run.workers={workers}"] if workers else [])]
-    settings = build(config, overrides)
+    settings = _store_settings(store, config, overrides, making=True)
     with progress() as on_progress:
         report = run(photos, store, settings=settings, scheduler=scheduler, on_progress=on_progress)
     _finish_run(report, as_json)
@@ -203,7 +189,7 @@ def correct(
     stderr.print(f"corrected {len(report.corrected)} photos{there if report.skipped else ''}")
     for name, note in report.notes:
         stderr.print(f"  note: {name}: {note}")
-    _list_failures(report.failed)
+    print_failures(report.failed)
     emit(report, as_json)
     if report.failed:
         raise typer.Exit(SOME_FAILED)
@@ -216,7 +202,7 @@ def doctor(as_json: JsonOption = False) -> None:
 
     found = run()
     if not as_json:
-        _print_tree(found)
+        print_tree(found)
     emit(found, as_json)
     if found["lacks"]:
         raise typer.Exit(ENVIRONMENT)
@@ -234,7 +220,7 @@ def cache_info(
 
     info = run(store, config=config, overrides=set_ or [])
     if not as_json:
-        _print_tree(info)
+        print_tree(info)
     emit(info, as_json)
 
 
@@ -283,53 +269,26 @@ def weights_fetch(
     emit(fetched, as_json)
 
 
-@contextlib.contextmanager
-def progress() -> Iterator[Callable[[str, int, int], None]]:
-    """One bar per thing counted, on stderr; silent where stderr is no terminal."""
-    with Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[rate]}"),
-        TimeRemainingColumn(),
-        console=stderr,
-        disable=not stderr.is_terminal,
-    ) as bars:
-        tasks: dict[str, Any] = {}
+def _store_settings(
+    store: Path, config: Path | None, overrides: list[str] | None, *, making: bool = False
+) -> Any:
+    """The settings a store was made with, then the file, then the overrides.
 
-        def on_progress(what: str, done: int, total: int) -> None:
-            if what not in tasks:
-                tasks[what] = bars.add_task(what, total=total, rate="")
-            speed = bars.tasks[tasks[what]].speed
-            rate = f"{speed:.1f}/s" if speed else ""
-            bars.update(tasks[what], completed=done, total=total, rate=rate)
-
-        yield on_progress
-
-
-def emit(result: Any, as_json: bool) -> None:
-    """The result as one JSON document on stdout, if asked for."""
-    if as_json:
-        plain = asdict(result) if is_dataclass(result) and not isinstance(result, type) else result
-        typer.echo(json.dumps(_without_nan(plain), indent=2, default=str, allow_nan=False))
-
-
-def _without_nan(value: Any) -> Any:
-    """JSON has no NaN and no infinity: they become null."""
-    if isinstance(value, dict):
-        return {key: _without_nan(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_without_nan(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _store_settings(store: Path, config: Path | None, overrides: list[str] | None) -> Any:
-    """The settings a store was made with, then the file, then the overrides."""
+    making: the store may be new, or damaged and about to be mended.
+    """
     from evenlight.cache.store import Store
     from evenlight.pipeline.config import build
 
-    with Store.open(store) as opened:
-        return build(config, overrides or [], base=opened.index.settings)
+    base: dict[str, Any] = {}
+    if not making or store.exists():
+        try:
+            with Store.open(store) as opened:
+                base = opened.index.settings
+        except StoreError as error:
+            if not making:
+                raise
+            stderr.print(f"{error}\nits settings are unknown: taking the defaults")
+    return build(config, overrides or [], base=base)
 
 
 def _finish_run(report: Any, as_json: bool) -> None:
@@ -339,24 +298,8 @@ def _finish_run(report: Any, as_json: bool) -> None:
         f"made, {report.units_kept} already complete; {report.seconds:.1f} s, "
         f"{rate:.2f} photos/s"
     )
-    _list_failures(report.failed)
+    print_failures(report.failed)
     emit(report, as_json)
-
-
-def _list_failures(failed: list[tuple[str, str]]) -> None:
-    if failed:
-        stderr.print(f"{len(failed)} failed:")
-    for name, reason in failed:
-        stderr.print(f"  {name}: {reason}")
-
-
-def _print_tree(values: dict[str, Any], indent: int = 0) -> None:
-    for key, value in values.items():
-        if isinstance(value, dict):
-            typer.echo(f"{' ' * indent}{key}:")
-            _print_tree(value, indent + 2)
-        else:
-            typer.echo(f"{' ' * indent}{key}: {value if value != '' else '-'}")
 
 
 class Stopped(SystemExit):

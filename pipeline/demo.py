@@ -60,9 +60,7 @@ def demo(
 ) -> DemoResult:
     """Run every step in `out` and write report.html there.  overrides: settings, key=value."""
     settings = config.build(overrides=[*SMALL_RUN, *overrides])
-    originals = {
-        Path(name).stem: installed_photo(*where) for where in photos for name in where[1:]
-    }
+    originals = {Path(name).stem: installed_photo(*where) for where in photos for name in where[1:]}
     _write_inputs(out, originals)
     store, run = out / "priors.zarr", out / "run"
     precompute(out / "photos", store, settings=settings, on_progress=on_progress)

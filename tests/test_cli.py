@@ -100,6 +100,16 @@ def test_exit_0_and_1_when_done_and_when_some_failed(tmp_path, monkeypatch, caps
     assert "1 failed:\n  page.jpg: " in said.err and said.out == ""
 
 
+def test_precompute_again_goes_on_with_the_settings_of_the_store(
+    store, tmp_path, monkeypatch, capsys, toy_loaders
+):
+    arguments = ["precompute", tmp_path / "photos", "-s", store, "--json"]
+    assert run_cli(monkeypatch, *arguments) == 0
+    assert json.loads(capsys.readouterr().out)["units_made"] == 0
+    assert run_cli(monkeypatch, *arguments, "--set", "pseudo_gt.blend=0.5") == 0
+    assert set(json.loads(capsys.readouterr().out)["parts_made"]) == {"pseudo_gt"}
+
+
 @pytest.mark.parametrize(
     "arguments",
     [
@@ -316,8 +326,7 @@ def test_doctor_exits_4_naming_what_is_lacking_even_torch(monkeypatch, capsys):
 
 SLOW_PRECOMPUTE = """
 import sys, time
-from pathlib import Path
-helpers, begun, *arguments = sys.argv[1:]
+helpers, *arguments = sys.argv[1:]
 sys.path.insert(0, helpers)
 import torch
 torch.set_num_threads(1)
@@ -328,7 +337,6 @@ from evenlight.pipeline.models import Models
 
 class Slow(ToySegmenter):
     def segment(self, photo):
-        Path(begun).touch()
         time.sleep(0.3)
         return super().segment(photo)
 
@@ -341,17 +349,16 @@ cli.main()
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_ends_precompute_soon_and_says_how_to_go_on(number, code, tmp_path):
     write_photos(tmp_path / "photos", 40)
-    store, begun = tmp_path / "S", tmp_path / "begun"
+    store = tmp_path / "S"
     arguments = ["precompute", tmp_path / "photos", "-s", store]
     arguments += [part for text in SMALL for part in ("--set", text)]
     here = Path(__file__).parent
-    command = [sys.executable, "-c", SLOW_PRECOMPUTE, here, begun, *arguments]
+    command = [sys.executable, "-c", SLOW_PRECOMPUTE, here, *arguments]
     child = subprocess.Popen(
         list(map(str, command)), stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     )
-    while not begun.exists() and child.poll() is None:
-        time.sleep(0.05)
-    time.sleep(0.8)
+    while not list(store.glob("evenlight/units/*.json")) and child.poll() is None:
+        time.sleep(0.05)  # until one unit is complete
     os.kill(child.pid, number)
     sent = time.monotonic()
     out, said = child.communicate(timeout=30)

@@ -26,7 +26,7 @@ IMPORTERS = {
     "distributed": {"pipeline/schedule.py"},
     "dask": {"pipeline/schedule.py"},
     "typer": {"cli.py"},
-    "rich": {"cli.py"},
+    "rich": {"pipeline/console.py"},
 }
 FORBIDDEN_IMPORTS = {"pickle", "cPickle", "dill", "cloudpickle", "marshal", "shelve"}
 FORBIDDEN_CALLS = {"eval", "exec", "__import__"}

@@ -1,0 +1,72 @@
+"""What commands print: progress and sentences on stderr, results on stdout."""
+
+import contextlib
+import json
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, is_dataclass
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+# Names of photos are printed as they are: never read as markup or emoji codes.
+stderr = Console(stderr=True, highlight=False, markup=False, emoji=False, soft_wrap=True)
+
+
+@contextlib.contextmanager
+def progress() -> Iterator[Callable[[str, int, int], None]]:
+    """One bar per thing counted, on stderr; silent where stderr is no terminal."""
+    with Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[rate]}"),
+        TimeRemainingColumn(),
+        console=stderr,
+        disable=not stderr.is_terminal,
+    ) as bars:
+        tasks: dict[str, Any] = {}
+
+        def on_progress(what: str, done: int, total: int) -> None:
+            if what not in tasks:
+                tasks[what] = bars.add_task(what, total=total, rate="")
+            speed = bars.tasks[tasks[what]].speed
+            rate = f"{speed:.1f}/s" if speed else ""
+            bars.update(tasks[what], completed=done, total=total, rate=rate)
+
+        yield on_progress
+
+
+def emit(result: Any, as_json: bool) -> None:
+    """The result as one JSON document on stdout, if asked for."""
+    if as_json:
+        plain = asdict(result) if is_dataclass(result) and not isinstance(result, type) else result
+        print(json.dumps(_without_nan(plain), indent=2, default=str, allow_nan=False))
+
+
+def _without_nan(value: Any) -> Any:
+    """JSON has no NaN and no infinity: they become null."""
+    if isinstance(value, dict):
+        return {key: _without_nan(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_without_nan(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def print_failures(failed: list[tuple[str, str]]) -> None:
+    """One plain line per item that failed."""
+    if failed:
+        stderr.print(f"{len(failed)} failed:")
+    for name, reason in failed:
+        stderr.print(f"  {name}: {reason}")
+
+
+def print_tree(values: dict[str, Any], indent: int = 0) -> None:
+    """Nested values on stdout, one line each."""
+    for key, value in values.items():
+        if isinstance(value, dict):
+            print(f"{' ' * indent}{key}:")
+            print_tree(value, indent + 2)
+        else:
+            print(f"{' ' * indent}{key}: {value if value != '' else '-'}")
