@@ -1,5 +1,6 @@
 """Stage 2 as a run: a complete store in, a trained corrector out."""
 
+import logging
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +21,8 @@ from evenlight.stages.corrector.training import Frozen, TrainingData, TrainResul
 from evenlight.stages.corrector.training import train as run_training
 from evenlight.stages.pixels import resize, to_float
 from evenlight.stages.settings import Settings
+
+log = logging.getLogger(__name__)
 
 
 def train(
@@ -90,28 +93,27 @@ def refuse_stale(store: Store, settings: Settings, models: Models, prompts: str)
 
 
 def load_data(store: Store, size: int, device: str, on_progress: Progress = silent) -> TrainingData:
-    """Every usable photo and its priors at the working size, moved to the device once.
+    """Every usable photo and its priors at the working size, moved to the device once if they fit.
 
-    size: side of the square canvas, pixels; a photo takes about 15 bytes per pixel of it.
-    Raises UsageError where the device lacks the room.
+    size: side of the square canvas, pixels; a photo takes about 14 bytes per pixel of it.  Where
+    the device lacks the room they stay in host memory, and each batch is copied: a warning says so.
     """
     slots = np.array(store.slots("pseudo_gt"))
     if not len(slots):
         raise UsageError(f"store {store.path} holds no usable photo")
     tensors = _empty(len(slots), size, store.rows("p3", slots[:1]).shape[1])
     unit_size = store.index.unit_size
-    names = ("photo", "extent", "proto", "p3", "regions", "pseudo_gt", "confidence", "strength")
+    arrays = ("photo", "extent", "proto", "p3", "regions", "pseudo_gt", "confidence", "strength")
     done = 0
     for unit in np.unique(slots // unit_size):
-        rows = store.read(int(unit), names)
+        rows = store.read(int(unit), arrays)
         for row in slots[slots // unit_size == unit] % unit_size:
-            _fill(tensors, done, {name: rows[name][row] for name in names}, size)
+            _fill(tensors, done, {name: rows[name][row] for name in arrays}, size)
             done += 1
         on_progress("photos loaded", done, len(slots))
-    _refuse_what_does_not_fit(tensors, device)
-    names_ok = [str(store.index.names[slot]) for slot in slots]
-    moved = {name: tensor.to(device) for name, tensor in tensors.items()}
-    return TrainingData(**moved, names=names_ok)
+    names = [str(store.index.names[slot]) for slot in slots]
+    place = device if _fits(tensors, device) else "cpu"
+    return TrainingData(**{k: tensor.to(place) for k, tensor in tensors.items()}, names=names)
 
 
 def _empty(count: int, size: int, p3_channels: int) -> dict[str, Tensor]:
@@ -158,14 +160,17 @@ def _on_canvas(map_1Chw: Tensor, side: int) -> Tensor:
     return F.pad(map_1Chw, (0, right, 0, below), mode="replicate")[0]
 
 
-def _refuse_what_does_not_fit(tensors: dict[str, Tensor], device: str) -> None:
-    """The tensors may take at most 60 % of the device's free memory; training needs the rest."""
+def _fits(tensors: dict[str, Tensor], device: str) -> bool:
+    """Whether the tensors leave 40 % of the device's free memory to training."""
     if device == "cpu":
-        return
+        return True
     free, _ = torch.cuda.mem_get_info(device)
     needed = sum(tensor.nbytes for tensor in tensors.values())
     if needed > 0.6 * free:
-        raise UsageError(
-            f"the photos take {needed / 2**30:.1f} GiB at train.size, {device} has "
-            f"{free / 2**30:.1f} GiB free: lower train.size or train on fewer photos"
+        log.warning(
+            "photos take %.1f GiB, %s has %.1f GiB free: they stay in host memory, which is slower",
+            needed / 2**30,
+            device,
+            free / 2**30,
         )
+    return needed <= 0.6 * free

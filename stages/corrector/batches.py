@@ -26,7 +26,7 @@ REEXPOSURE = "ev"  # how exposure errors happen: a shift in linear light
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingData:
-    """Cached tensors on the training device, at the working size.
+    """Cached tensors at the working size, on the training device where they fit.
 
     Photos lie top-left on an S x S canvas; the rest of the canvas repeats their edges.
     """
@@ -123,7 +123,12 @@ def take(
     chosen: Draw,
     crop: int,
 ) -> Batch:
-    """Cut, flip and re-expose on the device. Nothing is copied from the host but the strengths."""
+    """Cut, flip and re-expose on the device of `small`.
+
+    Nothing but the strengths is copied from the host where data lies on the device too; data that
+    does not fit there stays in host memory, and then the crops are copied.
+    """
+    device = small.device
 
     def cut(x: Tensor, stride: int) -> Tensor:
         side = crop // stride
@@ -132,9 +137,9 @@ def take(
             top, left = top // stride, left // stride
             piece = x[i, ..., top : top + side, left : left + side]
             pieces.append(piece.flip(-1) if flip else piece)
-        return torch.stack(pieces)
+        return torch.stack(pieces).to(device, non_blocking=True)
 
-    strengths = torch.tensor(chosen.strengths, device=data.photo.device)
+    strengths = torch.tensor(chosen.strengths, device=device)
     t_B111 = strengths[:, None, None, None]
     photo = tone.apply(REEXPOSURE, cut(data.photo, 1).float() / 255, t_B111)
     confidence = F.interpolate(cut(data.confidence, 4)[:, None].float(), scale_factor=4.0)
@@ -153,7 +158,7 @@ def take(
         target=cut(data.pseudo_gt, 1).float() / 255,
         confidence=confidence,
         labels=cut(data.regions, 1),
-        well_exposed=data.well_exposed[chosen.photos] & (strengths == 0),
+        well_exposed=data.well_exposed[chosen.photos].to(device) & (strengths == 0),
     )
 
 

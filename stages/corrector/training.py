@@ -71,7 +71,7 @@ def train(
 ) -> TrainResult:
     """Train a corrector and write it to `out` (EMA weights of the best validation).
 
-    data, and the models behind `models`, lie on `device`. info (JSON values: fingerprints of the
+    The models behind `models` lie on `device`, and data where it fits. info (JSON values: fingerprints of the
     priors) is kept with every checkpoint and must be the same on resume; extra tensors (the
     scorer's) go into the corrector file. on_progress(step, steps, record) is called for each line
     of `out`/log.jsonl. Raises UsageError, StoreError (damaged or foreign checkpoints), NonFinite.
@@ -98,7 +98,7 @@ def _train(
     run = begin(data.p3.shape[1], settings, checkpoints, info, resume, device)
     record = RunLog(out / "log.jsonl", run.step, options.steps, on_progress)
     photos, held_out = split_photos(len(data.photo), options)
-    extents, small = data.extent.tolist(), small_copies(data)
+    extents, small = data.extent.tolist(), small_copies(data).to(device)
     paired = settings.losses.consistency > 0
     amp = options.amp and device.type == "cuda" and torch.cuda.is_bf16_supported()
     log.info("training on %s, scan: %s (%s)", device, *choose(device))
@@ -176,13 +176,14 @@ def validate(
     network: Corrector, data: TrainingData, photos: list[int], settings: Settings
 ) -> float:
     """Mean PSNR in dB of the corrected photos against their pseudo-GT, whole photos."""
+    device = next(network.parameters()).device
     values = []
     for i in photos:
         height, width = data.extent[i].tolist()
-        photo = data.photo[i : i + 1, :, :height, :width].float() / 255
-        target = data.pseudo_gt[i : i + 1, :, :height, :width].float() / 255
-        proto = data.proto[i : i + 1, :, : height // 4, : width // 4].float()
-        p3 = data.p3[i : i + 1, :, : height // 8, : width // 8].float()
+        photo = data.photo[i : i + 1, :, :height, :width].to(device).float() / 255
+        target = data.pseudo_gt[i : i + 1, :, :height, :width].to(device).float() / 255
+        proto = data.proto[i : i + 1, :, : height // 4, : width // 4].to(device).float()
+        p3 = data.p3[i : i + 1, :, : height // 8, : width // 8].to(device).float()
         output = correct(photo, network(photo, proto, p3), settings.network.family).clamp(0, 1)
         error = (output - target).square().mean().clamp_min(1e-10)
         values.append(-10 * torch.log10(error))
