@@ -71,10 +71,10 @@ def train(
 ) -> TrainResult:
     """Train a corrector and write it to `out` (EMA weights of the best validation).
 
-    The models behind `models` lie on `device`, and data where it fits. info (JSON values: fingerprints of the
-    priors) is kept with every checkpoint and must be the same on resume; extra tensors (the
-    scorer's) go into the corrector file. on_progress(step, steps, record) is called for each line
-    of `out`/log.jsonl. Raises UsageError, StoreError (damaged or foreign checkpoints), NonFinite.
+    The models behind `models` lie on `device`, and data where it fits. info (JSON values:
+    fingerprints of the priors) is kept with every checkpoint and must be the same on resume; extra
+    tensors (the scorer's) go into the corrector file. on_progress(step, steps, record) is called
+    for each line of `out`/log.jsonl. Raises UsageError, StoreError (damaged or foreign checkpoints), NonFinite.
     """
     make_folder(out)
     with Lock(out / ".lock", f"run {out}"):
