@@ -74,7 +74,8 @@ def train(
     The models behind `models` lie on `device`, and data where it fits. info (JSON values:
     fingerprints of the priors) is kept with every checkpoint and must be the same on resume; extra
     tensors (the scorer's) go into the corrector file. on_progress(step, steps, record) is called
-    for each line of `out`/log.jsonl. Raises UsageError, StoreError (damaged or foreign checkpoints), NonFinite.
+    for each line of `out`/log.jsonl. Raises UsageError, StoreError (damaged or foreign
+    checkpoints), NonFinite.
     """
     make_folder(out)
     with Lock(out / ".lock", f"run {out}"):
