@@ -82,6 +82,19 @@ def test_regional_strengths_follow_regions_that_the_score_vouches_for():
     assert by_label[1] > by_label[2] + 0.2
 
 
+def test_no_region_passes_the_largest_strength():
+    both = np.concatenate([photo(-1.8, 1), photo(0.3, 2)], 1)
+    labels = np.repeat([[1, 2]], 96, 0).repeat(128, 1).astype(np.uint8)
+    cached = embed_photo(both, labels, ToyClip(), LADDER)
+    free = dataclasses.replace(SETTINGS, blend=0.9)
+    moved = pseudo_gt.choose(both, labels, cached, ToyScorer(), LADDER, free)
+    limit = abs(float(moved["strength"])) + 0.02
+    assert np.abs(moved["region_strengths"]).max() > limit + 0.1
+    bound = dataclasses.replace(free, max_strength=limit)
+    result = pseudo_gt.choose(both, labels, cached, ToyScorer(), LADDER, bound)
+    assert np.abs(result["region_strengths"]).max() <= limit + 1e-6
+
+
 @given(st.lists(st.floats(-2, 2), min_size=2, max_size=6), st.integers(0, 1000))
 @settings(max_examples=100, deadline=None)
 def test_regions_keep_their_order_of_brightness(wanted, seed):

@@ -163,6 +163,7 @@ def region_strengths(
         ]
     )
     wanted -= ((wanted - start) * areas).sum()
+    wanted = wanted.clip(-settings.max_strength, settings.max_strength)
     before = np.array([luma_after(r, 0.0) for r in range(len(masks))])
     return keep_order(wanted, start, before, luma_after)
 
