@@ -12,8 +12,20 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
-from evenlight.stages.corrector.scan import choose, scan, scan_doubling, scan_reference
+from evenlight.stages.corrector.scan import choose, scan, scan_reference
+
+
+def scan_doubling(a_BDL: Tensor, b_BDL: Tensor) -> Tensor:
+    """Hillis-Steele doubling, log2 L passes over all of them."""
+    reach = 1
+    while reach < a_BDL.shape[-1]:
+        earlier_a = F.pad(a_BDL[..., :-reach], (reach, 0), value=1.0)
+        earlier_b = F.pad(b_BDL[..., :-reach], (reach, 0))
+        a_BDL, b_BDL = a_BDL * earlier_a, b_BDL + a_BDL * earlier_b
+        reach *= 2
+    return b_BDL
 
 
 def milliseconds(
@@ -50,6 +62,7 @@ def main() -> None:
         steps = torch.empty(shape).uniform_(1e-3, 1e-1, generator=generator)
         a = torch.exp(-steps).mT.to(options.device).requires_grad_()
         b = torch.randn(shape, generator=generator).mT.to(options.device).requires_grad_()
+        assert torch.allclose(scan_doubling(a, b), scan(a, b), rtol=1e-3, atol=1e-3)
         chosen = milliseconds(scan, a, b, options.repeats)
         cells = [
             milliseconds(scan_reference, a, b, 1),

@@ -50,17 +50,6 @@ def scan_reference(a_BDL: Tensor, b_BDL: Tensor, reverse: bool = False) -> Tenso
     return torch.stack(states[::-1] if reverse else states, dim=-1)
 
 
-def scan_doubling(a_BDL: Tensor, b_BDL: Tensor) -> Tensor:
-    """Hillis-Steele doubling, log2 L passes over all: the yardstick of `benchmarks/scan.py`."""
-    reach = 1
-    while reach < a_BDL.shape[-1]:
-        earlier_a = F.pad(a_BDL[..., :-reach], (reach, 0), value=1.0)
-        earlier_b = F.pad(b_BDL[..., :-reach], (reach, 0))
-        a_BDL, b_BDL = a_BDL * earlier_a, b_BDL + a_BDL * earlier_b
-        reach *= 2
-    return b_BDL
-
-
 def scan_blocked(a_BDL: Tensor, b_BDL: Tensor, reverse: bool = False) -> Tensor:
     """Two levels in plain PyTorch: sqrt(L) steps inside all blocks at once, then over blocks."""
     return _Blocked.apply(a_BDL.mT, b_BDL.mT, reverse).mT
