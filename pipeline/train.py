@@ -19,6 +19,7 @@ from evenlight.pipeline.prompts import store_scorer
 from evenlight.stages.corrector.inputs import at_working_size
 from evenlight.stages.corrector.training import Frozen, TrainingData, TrainResult
 from evenlight.stages.corrector.training import train as run_training
+from evenlight.stages.images import Extent
 from evenlight.stages.pixels import resize, to_float
 from evenlight.stages.settings import Settings
 
@@ -133,7 +134,8 @@ def _empty(count: int, size: int, p3_channels: int) -> dict[str, Tensor]:
 def _fill(tensors: dict[str, Tensor], place: int, row: dict[str, np.ndarray], size: int) -> None:
     """Bring one photo's cached arrays to the working size and put them in their place."""
     height, width = (int(side) for side in row["extent"])
-    full, quarter, eighth = ((slice(0, height // n), slice(0, width // n)) for n in (1, 4, 8))
+    extent = Extent(height, width, row["photo"].shape[0])
+    full, quarter, eighth = (extent.slices(stride) for stride in (1, 4, 8))
     photo, proto, p3 = at_working_size(
         row["photo"][full],
         torch.from_numpy(row["proto"][:, *quarter])[None].float(),

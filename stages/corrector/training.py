@@ -114,16 +114,8 @@ def _train(
         with torch.autocast(device.type, torch.bfloat16, enabled=amp):
             correction = run.network(batch.photo, batch.proto, batch.p3, batch.whole)
         output = correct(batch.photo, correction, settings.network.family)
-        rows = _spc_rows(step, settings)
-        loss, parts = total(
-            _sample(batch, output, paired),
-            run.calibration.weights,
-            settings.losses,
-            features=models.features,
-            logits=models.logits,
-            spc_rows=rows,
-            view=chosen.view,
-        )
+        weights = run.calibration.weights
+        loss, parts = _loss(_sample(batch, output, paired), weights, models, chosen, step, settings)
 
         # finite? else stop with the weights of the step before
         _require_finite(loss, "loss", step, chosen, parts, data, settings, out)
@@ -154,14 +146,37 @@ def _train(
             record(run.step, {"weights": run.calibration.finish()})
         validated = run.step % options.validate_every == 0 or last
         if validated:
-            psnr = validate(run.ema, data, held_out, settings)
-            record(run.step, {"validation_psnr": psnr})
-            if psnr > run.best_psnr:
-                run.best_psnr, run.best_step = psnr, run.step
+            _note_best(run, validate(run.ema, data, held_out, settings), record)
         if validated or run.step % options.save_every == 0:
             save_checkpoint(checkpoints, run.step, *run.state(info), best=run.best_step)
 
     return _finish(run, settings, out, info, extra)
+
+
+def _loss(
+    sample: Sample,
+    weights: dict[str, float],
+    models: Frozen,
+    chosen: Draw,
+    step: int,
+    settings: Settings,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The weighted sum of the losses of one step, and its parts."""
+    return total(
+        sample,
+        weights,
+        settings.losses,
+        features=models.features,
+        logits=models.logits,
+        spc_rows=_spc_rows(step, settings),
+        view=chosen.view,
+    )
+
+
+def _note_best(run: Run, psnr: float, record: RunLog) -> None:
+    record(run.step, {"validation_psnr": psnr})
+    if psnr > run.best_psnr:
+        run.best_psnr, run.best_step = psnr, run.step
 
 
 def learning_rate(step: int, settings: Settings) -> float:
