@@ -40,14 +40,19 @@ class PhotoSettings:
 class RegionSettings:
     segmenter: str = setting("fastsam-n", "regions")  # shipped name, or path of FastSAM weights
     confidence: float = setting(0.1, "regions")  # least box confidence
-    iou: float = setting(0.4, "regions")  # NMS threshold on boxes
-    min_area: float = setting(0.002, "regions")  # share of the photo under which masks are dropped
+    iou: float = setting(0.6, "regions")  # of two masks above which the surer one stands for both
+    side: int = setting(352, "regions")  # long side at which masks are found, pixels
+    min_area: float = setting(0.002, "regions")  # share of the photo; a region is no smaller
     max_regions: int = setting(64, "regions")  # regions beyond the largest are merged
 
     def __post_init__(self) -> None:
         require(
             1 <= self.max_regions <= 255,
             f"regions.max_regions must be 1 to 255 (labels are uint8), got {self.max_regions}",
+        )
+        require(
+            self.side >= 64 and self.side % 32 == 0,
+            f"regions.side must be a multiple of 32 from 64 up, got {self.side}",
         )
 
 

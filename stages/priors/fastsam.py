@@ -15,6 +15,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+import cv2
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -24,7 +25,7 @@ from torchvision.ops import nms
 
 from evenlight.cache.errors import EnvironmentLacks
 from evenlight.stages.priors.fastsam_weights import WHERE, read_weights, unusable
-from evenlight.stages.priors.region_map import region_map
+from evenlight.stages.priors.region_map import distinct, on_edges, region_map
 from evenlight.stages.settings import RegionSettings
 
 
@@ -59,7 +60,8 @@ _tasks = _import_ultralytics()
 
 P3_LAYER = 15  # the neck's /8 output in yolov8-seg.yaml
 WIDTHS = {16: "n", 32: "s", 48: "m", 64: "l", 80: "x"}  # channels of the first convolution
-MAX_MASKS = 300  # as ultralytics' max_det; keeps masks of a 1024 photo under 320 MB
+BOX_IOU = 0.8  # boxes nearer than this are one; masks decide the rest
+MAX_MASKS = 300  # as ultralytics' max_det
 EDGE_SNAP = 0.03  # boxes ending this near the frame's edge (share of the side) reach it
 
 
@@ -67,8 +69,8 @@ EDGE_SNAP = 0.03  # boxes ending this near the frame's edge (share of the side) 
 class Regions:
     """What the segmenter says of one photo.
 
-    labels: HxW uint8, 0 = uncovered, 1 is the largest region.  proto: 32xH/4xW/4 float16 mask
-    prototypes.  p3: CxH/8xW/8 float16 features of the neck.
+    labels: HxW uint8, 1 is the largest region, 0 only outside the photo's extent.
+    proto: 32xH/4xW/4 float16 mask prototypes.  p3: CxH/8xW/8 float16 features of the neck.
     """
 
     labels: NDArray[np.uint8]
@@ -125,24 +127,42 @@ class FastSAM:
         height, width, _ = rgb_HW3.shape
         h, w = extent or (height, width)
         assert not any(side % 8 for side in (height, width, h, w)), (rgb_HW3.shape, extent)
-        photo = torch.from_numpy(np.ascontiguousarray(rgb_HW3[:h, :w])).to(self._device)
-        photo_13HW = photo.permute(2, 0, 1)[None].float() / 255
-        padded = functional.pad(photo_13HW, (0, -w % 32, 0, -h % 32), mode="replicate")
-        outputs = self._run(padded, len(self.layers) - 2)
-        proto_132hw = self.head.proto(outputs[P3_LAYER])
-        boxes_K4, scores_K, coefficients_K32 = self._detections(outputs, h, w)
-        masks_KHW = _masks(proto_132hw[0], coefficients_K32, boxes_K4, (h, w))
         labels = np.zeros((height, width), np.uint8)
-        labels[:h, :w] = region_map(
-            masks_KHW,
-            scores_K.cpu().numpy(),
-            min_area=self.settings.min_area,
-            max_regions=self.settings.max_regions,
-        )
+        labels[:h, :w] = self.regions(rgb_HW3[:h, :w])
+        padded = functional.pad(_to_float(rgb_HW3[:h, :w]), (0, -w % 32, 0, -h % 32), "replicate")
+        proto_132hw, p3_1Chw = self.features(padded)
         return Regions(
             labels=labels,
             proto=_on_canvas(proto_132hw[0], (h // 4, w // 4), (height // 4, width // 4)),
-            p3=_on_canvas(outputs[P3_LAYER][0], (h // 8, w // 8), (height // 8, width // 8)),
+            p3=_on_canvas(p3_1Chw[0], (h // 8, w // 8), (height // 8, width // 8)),
+        )
+
+    def regions(self, rgb_HW3: NDArray[np.uint8]) -> NDArray[np.uint8]:
+        """Region map of a photo of any size, HxW uint8, borders on the photo's edges."""
+        labels_hw, _ = self.painted(rgb_HW3)
+        labels = _resized(labels_hw, rgb_HW3.shape[:2], cv2.INTER_NEAREST)
+        return on_edges(labels, np.ascontiguousarray(rgb_HW3))
+
+    @torch.no_grad()
+    def painted(self, rgb_HW3: NDArray[np.uint8]) -> tuple[NDArray[np.uint8], float]:
+        """Region map before its borders are refined, and the share that some mask covers.
+
+        Masks are found at long side `settings.side`, whatever the photo's own size: the network
+        knows objects at the sizes it was trained on.  The map has half that side.
+        """
+        height, width, _ = rgb_HW3.shape
+        scale = self.settings.side / max(height, width)
+        h, w = (max(round(side * scale / 32) * 32, 32) for side in (height, width))
+        method = cv2.INTER_AREA if scale < 1 else cv2.INTER_LINEAR
+        small = _resized(rgb_HW3, (h, w), method)
+        outputs = self._run(_to_float(small).to(self._device), len(self.layers) - 2)
+        proto_132hw = self.head.proto(outputs[P3_LAYER])
+        boxes_K4, scores_K, coefficients_K32 = self._detections(outputs, h, w)
+        masks_Khw = _masks(proto_132hw[0], coefficients_K32, boxes_K4).cpu().numpy()
+        return region_map(
+            *distinct(masks_Khw, scores_K.cpu().numpy(), iou=self.settings.iou),
+            min_area=self.settings.min_area,
+            max_regions=self.settings.max_regions,
         )
 
     @property
@@ -171,7 +191,7 @@ class FastSAM:
         for level, source in enumerate(self.head.f):
             x = outputs[source]
             stride = float(self.head.stride[level])
-            score_A = self.head.cv3[level](x)[0, 0].flatten().sigmoid()
+            score_A = self.head.cv3[level](x)[0].amax(0).flatten().sigmoid()
             kept = (score_A > self.settings.confidence).nonzero().squeeze(1)
             logits = self.head.cv2[level](x)[0].flatten(1)[:, kept].view(4, len(bins), -1)
             left, top, right, bottom = (logits.softmax(1) * bins[:, None]).sum(1)
@@ -182,7 +202,7 @@ class FastSAM:
             coefficients.append(self.head.cv4[level](x)[0].flatten(1)[:, kept].T)
         boxes_N4 = _snapped(torch.cat(boxes), h, w)
         scores_N = torch.cat(scores)
-        kept = nms(boxes_N4, scores_N, self.settings.iou)[:MAX_MASKS]
+        kept = nms(boxes_N4, scores_N, BOX_IOU)[:MAX_MASKS]
         return boxes_N4[kept], scores_N[kept], torch.cat(coefficients)[kept]
 
 
@@ -194,22 +214,27 @@ def _snapped(boxes_N4: Tensor, h: int, w: int) -> Tensor:
     return torch.where(boxes > (1 - EDGE_SNAP) * limit, limit, boxes)
 
 
-def _masks(
-    proto_32hw: Tensor, coefficients_K32: Tensor, boxes_K4: Tensor, size: tuple[int, int]
-) -> NDArray[np.bool_]:
-    """Masks at full size, each inside its box: KxHxW, where the mask's logit is above 0."""
-    _, h4, w4 = proto_32hw.shape
-    logits_Khw = (coefficients_K32 @ proto_32hw.flatten(1)).view(-1, h4, w4)
-    masks = np.zeros((len(logits_Khw), *size), np.bool_)
-    for mask, logits_hw, box in zip(masks, logits_Khw, boxes_K4.tolist(), strict=True):
-        x1, y1, x2, y2 = (round(side) for side in box)
-        # Only the box is upsampled, on /4 cells that hold it with one more for the interpolation.
-        top, left = max(y1 // 4 - 1, 0), max(x1 // 4 - 1, 0)
-        part = logits_hw[None, None, top : y2 // 4 + 2, left : x2 // 4 + 2]
-        full = functional.interpolate(part, scale_factor=4, mode="bilinear")[0, 0] > 0
-        inside = full[y1 - 4 * top : y2 - 4 * top, x1 - 4 * left : x2 - 4 * left]
-        mask[y1:y2, x1:x2] = inside.cpu().numpy()
-    return masks
+def _masks(proto_32hw: Tensor, coefficients_K32: Tensor, boxes_K4: Tensor) -> Tensor:
+    """Probability of each mask inside its box, 0 outside: Kx2hx2w, half the photo's sides."""
+    proto = functional.interpolate(proto_32hw[None], scale_factor=2, mode="bilinear")[0]
+    _, height, width = proto.shape
+    masks = (coefficients_K32 @ proto.flatten(1)).view(-1, height, width).sigmoid()
+    x1, y1, x2, y2 = (boxes_K4 / 2).T[..., None]
+    columns = torch.arange(width, device=masks.device) + 0.5
+    rows = torch.arange(height, device=masks.device) + 0.5
+    inside = ((rows >= y1) & (rows < y2))[:, :, None] & ((columns >= x1) & (columns < x2))[:, None]
+    return masks * inside
+
+
+def _resized(
+    pixels: NDArray[np.uint8], size: tuple[int, ...], interpolation: int
+) -> NDArray[np.uint8]:
+    resized = cv2.resize(np.ascontiguousarray(pixels), size[::-1], interpolation=interpolation)
+    return np.asarray(resized, np.uint8)
+
+
+def _to_float(rgb_HW3: NDArray[np.uint8]) -> Tensor:
+    return torch.from_numpy(np.ascontiguousarray(rgb_HW3)).permute(2, 0, 1)[None].float() / 255
 
 
 def _on_canvas(
@@ -237,7 +262,7 @@ def load_network(path: Path) -> Any:
             path,
             f"its first convolution has {first} channels, FastSAM's {', '.join(map(str, WIDTHS))}",
         )
-    network = _build(width, branch)
+    network = build_network(width, branch)
     expected = {name: tensor.shape for name, tensor in network.state_dict().items()}
     found = {name: tensor.shape for name, tensor in weights.items()}
     wrong = sorted(n for n in expected.keys() | found.keys() if expected.get(n) != found.get(n))
@@ -254,7 +279,7 @@ def load_network(path: Path) -> Any:
     return network
 
 
-def _build(width: str, class_branch: int) -> Any:
+def build_network(width: str, class_branch: int) -> Any:
     """yolov8{width}-seg with one class, whatever the width of its class branch.
 
     A network tuned from 80 classes keeps its 80-wide branch; only its last layer has one output.
