@@ -11,7 +11,7 @@ import numpy as np
 from evenlight.cache.errors import StoreError
 from evenlight.cache.files import canonical_json, sha256_bytes
 
-SCHEMA = 1  # raised when an older store could be misread, or what a part computes has changed
+SCHEMA = 2  # raised when an older store could be misread, or what a part computes has changed
 PARTS = ("photo", "regions", "embeddings", "pseudo_gt")  # each is made from those before it
 OK, FAILED, EMPTY = "ok", "failed", "empty"
 STATUSES = (OK, FAILED, EMPTY)

@@ -108,7 +108,7 @@ class PromptSettings:
 class PseudoGTSettings:
     regional: bool = setting(True, "pseudo_gt")  # False: one strength per photo
     search: str = setting("crossing", "pseudo_gt")  # "crossing" of d through 0, or "grid" argmax
-    rule_weight: float = setting(0.7, "pseudo_gt")  # share of the mean-luma rule in the strength
+    meter_weight: float = setting(0.7, "pseudo_gt")  # share of the meter, CLIP the rest
     blend: float = setting(0.2, "pseudo_gt")  # how far a trusted region moves to its own strength
     max_strength: float = setting(2.2, "pseudo_gt")  # |t| never exceeds it
 
@@ -174,6 +174,7 @@ class TrainSettings:
     ema: float = setting(0.995, "training")
     clip_norm: float = setting(1.0, "training")
     calibrate: tuple[int, int] = setting((20, 40), "training")  # steps measured for loss shares
+    brackets: bool = setting(True, "training")  # frames of one scene share the best one's target
     held_out: float = setting(0.03, "training")  # share of photos that choose the best checkpoint
     validate_every: int = setting(200, "training")
     save_every: int = setting(100, "training")

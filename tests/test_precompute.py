@@ -123,12 +123,12 @@ def test_an_hdf5_file_of_images_makes_the_same_priors_as_the_photos(photos, tmp_
 
 SAMPLE_VALUES = {
     "photo.size": 96, "photo.max_megapixels": 64, "regions.confidence": 0.2, "regions.iou": 0.5,
-    "regions.min_area": 0.01, "regions.max_regions": 9, "clip.model": "other",
+    "regions.min_area": 0.01, "regions.max_regions": 9, "regions.side": 256, "clip.model": "other",
     "clip.mean": (0.1, 0.2, 0.3), "clip.std": (0.1, 0.2, 0.3), "clip.image_size": 96,
     "ladder.family": "ps", "ladder.offsets": (-1.0, 0.0, 1.0),
     "ladder.region_offsets": (-0.5, 0.0, 0.5), "ladder.regions": 2,
     "ladder.min_region_area": 0.1, "pseudo_gt.regional": False, "pseudo_gt.search": "grid",
-    "pseudo_gt.rule_weight": 0.1, "pseudo_gt.blend": 0.1, "pseudo_gt.max_strength": 1.0,
+    "pseudo_gt.meter_weight": 0.1, "pseudo_gt.blend": 0.1, "pseudo_gt.max_strength": 1.0,
 }  # fmt: skip
 BY_CONTENT = {"regions.segmenter", "clip.weights"}
 

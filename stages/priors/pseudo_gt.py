@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from evenlight.stages.pixels import guided_filter, luma, resize, to_bytes, to_float
-from evenlight.stages.priors import tone
+from evenlight.stages.priors import meter, tone
 from evenlight.stages.priors.ladder import CLIPPED_HIGH, CLIPPED_LOW
 from evenlight.stages.settings import LadderSettings, PseudoGTSettings
 
@@ -71,10 +71,13 @@ def global_strength(
     photo_logits_3: np.ndarray,
     strengths: np.ndarray,
     added_clipping: np.ndarray,
-    rule: float,
+    metered: float,
     settings: PseudoGTSettings,
 ) -> float:
-    """The photo's one strength; 0 for a photo that is well exposed already."""
+    """The photo's one strength; 0 for a photo that is well exposed already.
+
+    metered: strength that the meter asks for.
+    """
     probability = np.exp(photo_logits_3 - photo_logits_3.max())
     d = photo_logits_3[2] - photo_logits_3[0]
     if probability[1] / probability.sum() >= 0.6 and abs(d) < 1:
@@ -85,7 +88,7 @@ def global_strength(
     else:
         rising = crossings(strengths, logits_K3[:, 2] - logits_K3[:, 0])
         judged = max(rising, key=lambda t: float(np.interp(t, strengths, score)))
-        chosen = (1 - settings.rule_weight) * judged + settings.rule_weight * rule
+        chosen = (1 - settings.meter_weight) * judged + settings.meter_weight * metered
     return float(np.clip(chosen, -settings.max_strength, settings.max_strength))
 
 
@@ -196,9 +199,10 @@ def choose(
     scores = _logits(scorer, cached["clip_ladder"])
     photo_logits = _logits(scorer, cached["clip_photo"][None])[0]
     added = cached["ladder_clipped"] - cached["clipped"]
-    start = global_strength(scores, photo_logits, strengths, added, rule, settings)
-
     rgb = to_float(photo_HW3)
+    metered = float(meter.strength(rgb, ladder.family)[0])
+    start = global_strength(scores, photo_logits, strengths, added, metered, settings)
+
     num_regions = int((cached["region_labels"] > 0).sum())
     chosen = np.full(len(cached["region_labels"]), start, np.float32)
     height, width = photo_HW3.shape[0] // MAP_SCALE, photo_HW3.shape[1] // MAP_SCALE

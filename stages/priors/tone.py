@@ -15,6 +15,7 @@ from torch import Tensor
 from evenlight.stages.pixels import luma
 
 FILM_B = 1.6
+EV_PER_STRENGTH = 1.6  # of the family `ev`
 END = 1e-4  # each curve is a chord over the last END of either side, where slopes run to infinity
 CLIPPED_WHITE = 1 / 510  # half an 8-bit step: how far below white a clipped value may lie
 MAX_RULE_STRENGTH = 3.0
@@ -44,12 +45,13 @@ def apply(family: str, x: Tensor, t: Tensor | float) -> Tensor:
 
 
 @torch.no_grad()
-def rule_strength(x_B3HW: Tensor, family: str, target: float = RULE_TARGET) -> Tensor:
+def rule_strength(x_B3HW: Tensor, family: str, target: float | Tensor = RULE_TARGET) -> Tensor:
     """Strength per photo at which the mean luma of the re-exposed photo equals `target`.
 
-    x_B3HW: float RGB in [0, 1]; a small copy (about 64 pixels) serves. Bisection on [-3, 3]; where
-    the target is out of reach the nearer end is returned, and 0 for a photo that no strength
-    changes (all black, all white).  Returns float32 B.
+    x_B3HW: float RGB in [0, 1]; a small copy (about 64 pixels) serves.  target: mean luma in
+    [0, 1], one for all or B.  Bisection on [-3, 3]; where the target is out of reach the nearer
+    end is returned, and 0 for a photo that no strength changes (all black, all white).
+    Returns float32 B.
     """
     num_photos = x_B3HW.shape[0]
     low = x_B3HW.new_full((num_photos,), -MAX_RULE_STRENGTH, dtype=torch.float32)
@@ -94,7 +96,7 @@ def _gamma(x: Tensor, t: Tensor) -> Tensor:
 
 def _ev(x: Tensor, t: Tensor) -> Tensor:
     """Exposure shift of 1.6 t stops in linear light, with a soft shoulder when brightening."""
-    exposure_ev = 1.6 * t
+    exposure_ev = EV_PER_STRENGTH * t
     linear = torch.exp2(exposure_ev) * srgb_to_linear(x)
     knee = 1 - 0.2 * exposure_ev.clamp(0, 1)
     room = (1 - knee).clamp_min(1e-6)  # 0 at t <= 0, where nothing is above the knee
