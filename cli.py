@@ -131,7 +131,7 @@ def train(
 def evaluate(
     data: Annotated[
         list[str],
-        typer.Option("--data", help="pairs, triplets, msec, sice or lcdp:PATH; repeatable."),
+        typer.Option("--data", help="LAYOUT:PATH; an unknown layout lists all. Repeatable."),
     ],
     model: Annotated[
         list[Path] | None, typer.Option("-m", "--model", help="Folder of a run; repeatable.")

@@ -2,10 +2,13 @@
 
 import csv
 import io
+import itertools
+import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from statistics import fmean
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,6 +24,7 @@ from evenlight.stages.corrector.evaluate import (
     Figures,
     Method,
     Sample,
+    agreement,
     measure,
     samples,
 )
@@ -28,7 +32,7 @@ from evenlight.stages.images import decode
 from evenlight.stages.priors.pseudo_gt import re_expose
 
 SIDES = ("under", "over", "all")
-COLUMNS = "  side  photos   PSNR dB   SSIM  CIEDE2000"
+COLUMNS = "  side  photos   PSNR   SSIM  CIEDE2000  PSNR/gain  change  tint  agreement"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,6 +46,10 @@ class Row:
     psnr: float
     ssim: float
     colour: float
+    gain_psnr: float
+    change: float
+    tint: float | None  # None where no photo is blown
+    agreement: float | None  # None where no scene has two photos
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,7 +74,9 @@ class Evaluation:
             lines += [f"{name} (digest {digest[:12]})", f"{'method':{width}}{COLUMNS}"]
             for row in self.rows:
                 if row.data == name:
-                    figures = f"{row.psnr:9.2f} {row.ssim:6.3f} {row.colour:10.2f}"
+                    figures = f"{row.psnr:6.2f} {row.ssim:6.3f} {row.colour:10.2f} "
+                    figures += f"{row.gain_psnr:10.2f} {row.change:7.2f} "
+                    figures += f"{_or_dash(row.tint):>5} {_or_dash(row.agreement):>10}"
                     lines.append(f"{row.method:{width}}  {row.side:5} {row.photos:6} {figures}")
             lines.append("")
         return "\n".join([*lines, self.protocol])
@@ -103,39 +113,79 @@ def evaluate(
     return Evaluation(protocol=PROTOCOL, sets=sets, rows=rows)
 
 
+@dataclass
+class _Measured:
+    """What one method reached on one set."""
+
+    figures: list[tuple[str, Figures]] = field(default_factory=list)  # side, of each photo
+    agreements: list[float] = field(default_factory=list)  # of each scene with several photos
+
+
 def _measure_all(
     photos: Sequence[Sample], methods: dict[str, Method], on_progress: Progress
-) -> tuple[dict[str, list[tuple[str, Figures]]], str]:
-    """(method -> (side, figures) of each photo, digest of the set); every photo is read once."""
-    measured: dict[str, list[tuple[str, Figures]]] = {method: [] for method in methods}
-    digests: list[list[str]] = []
-    for done, sample in enumerate(photos, 1):
-        photo, photo_digest = _read(sample.photo)
-        reference, reference_digest = _read(sample.reference)
-        digests.append([sample.name, sample.side, photo_digest, reference_digest])
-        if photo.shape != reference.shape:
-            raise UsageError(
-                f"{sample.photo} is {photo.shape[1]}x{photo.shape[0]} and its reference "
-                f"{reference.shape[1]}x{reference.shape[0]}: sizes must agree"
-            )
-        side = sample.side or ("under" if photo.mean() < reference.mean() else "over")
-        for name, method in methods.items():
-            measured[name].append((side, measure(method(photo, reference), reference)))
-        on_progress("photos", done, len(photos))
+) -> tuple[dict[str, _Measured], str]:
+    """(method -> what it reached, digest of the set); every photo is read once."""
+    measured = {method: _Measured() for method in methods}
+    digests: list[list[Any]] = []
+    done = 0
+    for _, scene in itertools.groupby(photos, key=lambda sample: sample.name):
+        outputs: dict[str, list[np.ndarray]] = {method: [] for method in methods}
+        for sample in scene:
+            photo, reference, files = _prepared(sample)
+            digests.append([sample.name, sample.side, sample.ev, *files])
+            side = sample.side or ("under" if photo.mean() < reference.mean() else "over")
+            for name, method in methods.items():
+                output = method(photo, reference)
+                measured[name].figures.append((side, measure(photo, output, reference)))
+                outputs[name].append(output)
+            done += 1
+            on_progress("photos", done, len(photos))
+        for name, found in outputs.items():
+            if len({x.shape for x in found}) == 1 < len(found):
+                measured[name].agreements.append(agreement(found))
     return measured, fingerprint(photos=digests)
 
 
-def _means(data: str, method: str, measured: Sequence[tuple[str, Figures]]) -> list[Row]:
+def _prepared(sample: Sample) -> tuple[np.ndarray, np.ndarray, tuple[str, str]]:
+    """Photo, reference, digests of their files."""
+    photo, photo_digest = _read(sample.photo)
+    reference, reference_digest = _read(sample.reference)
+    if photo.shape != reference.shape:
+        raise UsageError(
+            f"{sample.photo} is {photo.shape[1]}x{photo.shape[0]} and its reference "
+            f"{reference.shape[1]}x{reference.shape[0]}: sizes must agree"
+        )
+    return *sample.prepare(photo, reference), (photo_digest, reference_digest)
+
+
+def _means(data: str, method: str, measured: _Measured) -> list[Row]:
     rows = []
     for side in SIDES:
-        chosen = [figures for found, figures in measured if side in (found, "all")]
-        if chosen:
-            means = {
-                name: fmean(getattr(figures, name) for figures in chosen)
-                for name in ("psnr", "ssim", "colour")
-            }
-            rows.append(Row(data=data, method=method, side=side, photos=len(chosen), **means))
+        chosen = [figures for found, figures in measured.figures if side in (found, "all")]
+        if not chosen:
+            continue
+        means = {
+            name: fmean(getattr(figures, name) for figures in chosen)
+            for name in ("psnr", "ssim", "colour", "gain_psnr", "change")
+        }
+        tints = [figures.tint for figures in chosen if not math.isnan(figures.tint)]
+        agree = measured.agreements if side == "all" else []
+        rows.append(
+            Row(
+                data=data,
+                method=method,
+                side=side,
+                photos=len(chosen),
+                **means,
+                tint=fmean(tints) if tints else None,
+                agreement=fmean(agree) if agree else None,
+            )
+        )
     return rows
+
+
+def _or_dash(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2f}"
 
 
 def _corrector_method(corrector: LoadedCorrector) -> Method:

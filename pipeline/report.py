@@ -71,11 +71,13 @@ def colour_regions(labels_HW: np.ndarray) -> np.ndarray:
 
 def _table(evaluation: Evaluation) -> str:
     header = "".join(
-        f"<th>{name}</th>" for name in ("method", "side", "photos", "PSNR", "SSIM", "CIEDE2000")
+        f"<th>{name}</th>"
+        for name in ("method", "side", "photos", "PSNR", "SSIM", "CIEDE2000", "change")
     )
     rows = "".join(
         f"<tr><td>{html.escape(row.method)}</td><td>{row.side}</td><td>{row.photos}</td>"
-        f"<td>{row.psnr:.2f} dB</td><td>{row.ssim:.3f}</td><td>{row.colour:.2f}</td></tr>"
+        f"<td>{row.psnr:.2f} dB</td><td>{row.ssim:.3f}</td><td>{row.colour:.2f}</td>"
+        f"<td>{row.change:.2f}</td></tr>"
         for row in evaluation.rows
     )
     protocol = html.escape(evaluation.protocol)

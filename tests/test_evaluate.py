@@ -21,8 +21,8 @@ from evenlight.stages.corrector.evaluate import (
     BASELINES,
     GAMMA_SEARCH,
     best_gamma,
+    exposure_fusion,
     film_rule,
-    measure,
     samples,
 )
 from evenlight.stages.pixels import luma, to_bytes, to_float
@@ -77,16 +77,24 @@ def write_triplets(root: Path, count: int = 2) -> Path:
     return root
 
 
+def measured(output: np.ndarray, reference: np.ndarray) -> stage.Figures:
+    return stage.measure(output, output, reference)
+
+
 @pytest.mark.parametrize("error", [1, 5, 40])
 def test_psnr_of_a_known_error(error):
     reference = np.full((40, 50, 3), 100, np.uint8)
     expected = 20 * np.log10(255 / error)
-    assert measure(reference + np.uint8(error), reference).psnr == pytest.approx(expected, abs=1e-4)
+    assert measured(reference + np.uint8(error), reference).psnr == pytest.approx(
+        expected, abs=1e-4
+    )
 
 
 def test_an_exact_output_is_100_db_ssim_1_and_no_colour_difference():
     photo = picture(40, 50, 3)
-    assert measure(photo, photo) == stage.Figures(psnr=100.0, ssim=pytest.approx(1), colour=0)
+    figures = measured(photo, photo)
+    assert (figures.psnr, figures.gain_psnr, figures.colour, figures.change) == (100, 100, 0, 0)
+    assert figures.ssim == pytest.approx(1)
 
 
 def test_ssim_is_that_of_the_paper_as_scikit_image_computes_it():
@@ -97,26 +105,78 @@ def test_ssim_is_that_of_the_paper_as_scikit_image_computes_it():
         channel_axis=2, gaussian_weights=True, sigma=1.5, data_range=255,
         use_sample_covariance=False, full=True,
     )  # fmt: skip
-    assert measure(other, photo).ssim == pytest.approx(full[5:-5, 5:-5].mean(), abs=1e-4)
+    assert measured(other, photo).ssim == pytest.approx(full[5:-5, 5:-5].mean(), abs=1e-4)
 
 
 @pytest.mark.parametrize("rows", [1, 7, 1000])
 def test_colour_difference_of_known_colours_in_strips_of_any_size(rows, monkeypatch):
     monkeypatch.setattr(stage, "COLOUR_PIXELS", rows * 32)
     black, white = np.zeros((20, 32, 3), np.uint8), np.full((20, 32, 3), 255, np.uint8)
-    assert measure(white, black).colour == pytest.approx(100, abs=0.01)  # L* from 0 to 100
+    assert measured(white, black).colour == pytest.approx(100, abs=0.01)  # L* from 0 to 100
     half = black.copy()
     half[:5] = 255
-    assert measure(half, black).colour == pytest.approx(25, abs=0.01)
+    assert measured(half, black).colour == pytest.approx(25, abs=0.01)
+
+
+def test_psnr_after_gain_forgives_a_gain_and_nothing_else():
+    reference = picture(40, 50, 3)
+    halved = (reference.astype(int) // 4 * 2).astype(np.uint8)
+    figures = measured(halved, reference)
+    assert figures.gain_psnr > 40 > 20 > figures.psnr
+    noisy = picture(40, 50, 3, seed=1)
+    assert measured(noisy, reference).gain_psnr < 20
+
+
+def test_change_is_from_the_photo_and_tint_only_where_it_is_blown():
+    photo = np.full((20, 32, 3), 100, np.uint8)
+    assert np.isnan(stage.measure(photo, photo, photo).tint)
+    photo[:10] = 255
+    output = photo.copy()
+    output[:10, :, 2] = 225
+    output[10:, :, 0] = 20
+    figures = stage.measure(photo, output, photo)
+    assert figures.tint == pytest.approx(30)
+    assert figures.change == pytest.approx((30 + 80) / 2 / 3)
+
+
+def test_well_exposed_photos_are_their_own_reference(tmp_path):
+    for seed in range(2):
+        write(tmp_path / f"{seed}.png", scene(0.0, seed))
+    rows = {row.method: row for row in evaluate([], [f"good:{tmp_path}"]).rows}
+    assert rows["identity"].change == 0 and rows["identity"].psnr == 100
+    assert rows["film rule"].change > 0
+    assert rows["identity"].agreement is None
+
+
+def test_photos_are_re_exposed_by_five_evs_around_their_reference(tmp_path):
+    write(tmp_path / "a.png", scene(0.0))
+    rows = evaluate([], [f"reexposed:{tmp_path}"]).rows
+    counts = {row.side: row.photos for row in rows if row.method == "identity"}
+    assert counts == {"under": 2, "over": 2, "all": 5}
+    (identity,) = (row for row in rows if row.method == "identity" and row.side == "all")
+    (rule,) = (row for row in rows if row.method == "film rule" and row.side == "all")
+    assert identity.agreement < rule.agreement
+
+
+def test_the_fusion_of_a_pair_is_the_reference_of_both(tmp_path):
+    pair = [scene(-1.0), scene(1.0)]
+    for name, pixels in zip(("under", "over"), pair, strict=True):
+        write(tmp_path / f"one/{name}.png", pixels)
+    fused = exposure_fusion(pair)
+    assert np.array_equal(fused, exposure_fusion(pair[::-1]))
+    assert pair[0].mean() < fused.mean() < pair[1].mean()
+    rows = evaluate([], [f"fusion:{tmp_path}"]).rows
+    (row,) = (row for row in rows if row.method == "identity" and row.side == "under")
+    assert row.psnr == pytest.approx(measured(pair[0], fused).psnr)
 
 
 def test_best_gamma_is_the_best_of_all_it_searches():
     photo, reference = scene(-0.9), scene(0.0)
-    best = measure(best_gamma(photo, reference), reference).psnr
+    best = measured(best_gamma(photo, reference), reference).psnr
     for t in GAMMA_SEARCH:
         other = to_bytes(tone.apply("gamma", to_float(photo), float(t))).numpy()
-        assert measure(other, reference).psnr <= best + 1e-4
-    assert best > measure(photo, reference).psnr + 3
+        assert measured(other, reference).psnr <= best + 1e-4
+    assert best > measured(photo, reference).psnr + 3
     assert np.array_equal(best_gamma(reference, reference), reference)
 
 
@@ -208,17 +268,17 @@ def test_every_model_and_baseline_is_in_the_table_of_every_set(table):
     assert len(table.sets) == 2
     for name in table.sets:
         methods = [row.method for row in table.rows if row.data == name and row.side == "all"]
-        assert methods[:3] == list(BASELINES) == [
-            "identity", "film rule", "best gamma (answer in hand)",
+        assert methods[:4] == list(BASELINES) == [
+            "identity", "film rule", "film meter", "best gamma (answer in hand)",
         ]  # fmt: skip
-        assert len(methods) == 7 and methods[3] == f"pseudo-GT of {methods[4]}"
-        assert methods[4].endswith("/A") and methods[6].endswith("/B")
+        assert len(methods) == 8 and methods[4] == f"pseudo-GT of {methods[5]}"
+        assert methods[5].endswith("/A") and methods[7].endswith("/B")
 
 
 def test_without_a_model_the_baselines_are_there(tmp_path):
     rows = evaluate([], [f"triplets:{write_triplets(tmp_path)}"]).rows
     assert {row.method for row in rows} == set(BASELINES)
-    assert len(rows) == 9
+    assert len(rows) == 3 * len(BASELINES)
 
 
 def test_all_is_the_mean_over_photos_and_oracles_beat_identity(table):
@@ -232,9 +292,13 @@ def test_all_is_the_mean_over_photos_and_oracles_beat_identity(table):
     assert gamma.psnr > identity.psnr + 1
 
 
+def as_text(row: dict[str, object]) -> dict[str, str]:
+    return {key: "" if value is None else str(value) for key, value in row.items()}
+
+
 def test_csv_json_and_text_say_the_same_as_the_rows(table, tmp_path, monkeypatch, capsys):
     read = list(csv.DictReader(io.StringIO(table.to_csv())))
-    assert [{k: str(v) for k, v in vars(row).items()} for row in table.rows] == read
+    assert [as_text(vars(row)) for row in table.rows] == read
     text = table.to_text()
     assert all(f"{row.psnr:.2f}" in text and row.method in text for row in table.rows)
     assert table.protocol in text and all(d[:12] in text for d in table.sets.values())
@@ -244,7 +308,7 @@ def test_csv_json_and_text_say_the_same_as_the_rows(table, tmp_path, monkeypatch
     assert run_cli(monkeypatch, *arguments, "--json") == 0
     document = json.loads(capsys.readouterr().out)
     rows = list(csv.DictReader((tmp_path / "rows.csv").open()))
-    assert [{k: str(v) for k, v in row.items()} for row in document["rows"]] == rows
+    assert [as_text(row) for row in document["rows"]] == rows
     assert document["protocol"] == table.protocol
 
 
@@ -268,8 +332,8 @@ def test_photos_are_measured_at_their_own_size_and_depth(model, tmp_path, monkey
     real = stage.measure
     monkeypatch.setattr(
         "evenlight.pipeline.evaluate.measure",
-        lambda output, reference: (
-            sizes.append((output.shape, output.dtype)) or real(output, reference)
+        lambda photo, output, reference: (
+            sizes.append((output.shape, output.dtype)) or real(photo, output, reference)
         ),
     )
     write(tmp_path / "reference/a.png", scene(0.0, size=(203, 157)))
@@ -279,7 +343,7 @@ def test_photos_are_measured_at_their_own_size_and_depth(model, tmp_path, monkey
     (tmp_path / "input/a.png").write_bytes(cv2.imencode(".png", deep[..., ::-1])[1].tobytes())
     rows = evaluate([model], [f"pairs:{tmp_path}"]).rows
     assert rows[0].method == "identity" and rows[0].psnr == 100
-    assert sizes == [((203, 157, 3), np.uint8)] * 5
+    assert sizes == [((203, 157, 3), np.uint8)] * 6
 
 
 def test_a_model_trained_with_other_priors_is_refused_with_exit_3(tmp_path, monkeypatch, capsys):

@@ -5,10 +5,13 @@ honest baselines.
 # H W pixels
 
 import functools
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 
+import cv2
 import numpy as np
 import torch
 from skimage.color import deltaE_ciede2000, rgb2lab
@@ -20,26 +23,45 @@ from torchmetrics.functional.image import (
 from evenlight.cache.errors import UsageError
 from evenlight.stages.images import SUFFIXES
 from evenlight.stages.pixels import resize, to_bytes, to_float
-from evenlight.stages.priors import tone
+from evenlight.stages.priors import meter, tone
 
 GAMMA_SEARCH = np.linspace(-2.5, 2.5, 101)
 MAX_PSNR = 100.0  # dB, of an output without an error, so that means stay finite
 COLOUR_PIXELS = 2**20  # at a time: CIEDE2000 takes some 200 bytes a pixel
+BLOWN = 254  # of 255: a pixel with all channels from here on is clipped
 PROTOCOL = (
     "PSNR (at most 100 dB) and SSIM (11x11 Gaussian, sigma 1.5, borders reflected, mean over "
     "channels) on sRGB rounded to 8 bits, range 255, native size, no resizing, no crop, no gain "
-    "matching; colour difference CIEDE2000 (D65); means over photos"
+    "matching; colour difference CIEDE2000 (D65); PSNR/gain: after the one gain of least squared "
+    "error (structure apart from brightness); change: mean absolute difference from the photo, "
+    "of 255; tint: mean of largest less smallest channel, of 255, where the photo is blown; "
+    "agreement: PSNR between the outputs of a scene's photos; means over photos"
 )
 
 
 @dataclass(frozen=True, kw_only=True)
 class Sample:
-    """One badly exposed photo and its reference.  side: "under", "over", or "" to be measured."""
+    """One badly exposed photo and its reference.  side: "under", "over", or "" to be measured.
+
+    ev: the photo is its file re-exposed by so many EV.  fused: the reference is the exposure
+    fusion of photo and reference.
+    """
 
     name: str
     side: str
     photo: Path
     reference: Path
+    ev: float = 0.0
+    fused: bool = False
+
+    def prepare(self, photo: np.ndarray, reference: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """What is measured, from the decoded files: uint8 H,W,3 each."""
+        if self.ev:
+            t = self.ev / tone.EV_PER_STRENGTH
+            photo = to_bytes(tone.apply("ev", to_float(photo), t)).numpy()
+        if self.fused:
+            reference = exposure_fusion([photo, reference])
+        return photo, reference
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,23 +69,47 @@ class Figures:
     psnr: float  # dB, higher is better
     ssim: float  # at most 1, higher is better
     colour: float  # CIEDE2000, lower is better
+    gain_psnr: float  # dB after the best gain, higher is better
+    change: float  # of 255
+    tint: float  # of 255 where the photo is blown; nan where it is nowhere
 
 
-def measure(output_HW3: np.ndarray, reference_HW3: np.ndarray) -> Figures:
-    """Figures of one output.  uint8 H,W,3 sRGB, same size, 16 pixels a side or more."""
-    assert output_HW3.dtype == reference_HW3.dtype == np.uint8, (output_HW3.dtype,)
-    assert output_HW3.shape == reference_HW3.shape, (output_HW3.shape, reference_HW3.shape)
-    output, reference = (to_float(x) * 255 for x in (output_HW3, reference_HW3))
-    psnr = peak_signal_noise_ratio(output, reference, data_range=255.0)
+def measure(photo_HW3: np.ndarray, output_HW3: np.ndarray, reference_HW3: np.ndarray) -> Figures:
+    """Figures of one output (PROTOCOL).  uint8 H,W,3 sRGB, same size, 16 pixels or more a side."""
+    assert photo_HW3.dtype == output_HW3.dtype == reference_HW3.dtype == np.uint8
+    shapes = [x.shape for x in (photo_HW3, output_HW3, reference_HW3)]
+    assert shapes[0] == shapes[1] == shapes[2], shapes
+    photo, output, reference = (to_float(x) * 255 for x in (photo_HW3, output_HW3, reference_HW3))
+    gain = (output * reference).sum() / (output * output).sum().clamp_min(1)
     ssim = structural_similarity_index_measure(
         output, reference, data_range=255.0, kernel_size=11, sigma=1.5
     )
     assert isinstance(ssim, torch.Tensor)
     return Figures(
-        psnr=min(float(psnr), MAX_PSNR),
+        psnr=_psnr(output, reference),
         ssim=float(ssim),
         colour=_colour_difference(output_HW3, reference_HW3),
+        gain_psnr=_psnr((gain * output).clamp(0, 255), reference),
+        change=float((output - photo).abs().mean()),
+        tint=float((output.amax(1) - output.amin(1))[(photo >= BLOWN).all(1)].mean()),
     )
+
+
+def agreement(outputs: list[np.ndarray]) -> float:
+    """Mean PSNR in dB over all pairs of the outputs (uint8, one shape) of one scene's photos."""
+    pairs_of = itertools.combinations([to_float(x) * 255 for x in outputs], 2)
+    return fmean(_psnr(one, other) for one, other in pairs_of)
+
+
+def exposure_fusion(photos: list[np.ndarray]) -> np.ndarray:
+    """Mertens, Kautz, Van Reeth, "Exposure Fusion" (2007), by OpenCV.  uint8 H,W,3 of one size."""
+    fused = cv2.createMergeMertens().process(photos)  # symmetric in the channels
+    return (fused.clip(0, 1) * 255).round().astype(np.uint8)
+
+
+def _psnr(output: torch.Tensor, reference: torch.Tensor) -> float:
+    psnr = peak_signal_noise_ratio(output, reference, data_range=255.0)
+    return min(float(psnr), MAX_PSNR)
 
 
 def _colour_difference(output_HW3: np.ndarray, reference_HW3: np.ndarray) -> float:
@@ -83,6 +129,13 @@ Method = Callable[[np.ndarray, np.ndarray], np.ndarray]
 
 def identity(photo: np.ndarray, reference: np.ndarray) -> np.ndarray:
     return photo
+
+
+def metered(photo: np.ndarray, reference: np.ndarray) -> np.ndarray:
+    """Mean luma to what the meter asks for, by the film curve: no network, no reference."""
+    rgb = to_float(photo)
+    t = meter.strength(rgb, "film")
+    return to_bytes(tone.apply("film", rgb, t.view(1, 1, 1, 1))).numpy()
 
 
 def film_rule(photo: np.ndarray, reference: np.ndarray) -> np.ndarray:
@@ -114,6 +167,7 @@ def _gamma_curves() -> np.ndarray:
 BASELINES: dict[str, Method] = {
     "identity": identity,
     "film rule": film_rule,
+    "film meter": metered,
     "best gamma (answer in hand)": best_gamma,
 }
 
@@ -129,7 +183,7 @@ def samples(layout: str, root: Path) -> list[Sample]:
         raise UsageError(f"{layout}:{root} is not a folder")
     expected = f"the layout {layout!r} is {LAYOUTS[layout].__doc__}"
     try:
-        found = sorted(LAYOUTS[layout](root), key=lambda s: (s.name, s.side))
+        found = sorted(LAYOUTS[layout](root), key=lambda s: (s.name, s.side, s.ev))
     except UsageError as error:
         raise UsageError(f"{error}: {expected}") from error
     if not found:
@@ -140,6 +194,45 @@ def samples(layout: str, root: Path) -> list[Sample]:
 def pairs(root: Path) -> list[Sample]:
     """input/NAME.* and reference/NAME.*"""
     return _matched(root / "input", root / "reference", {"": ""})
+
+
+def good(root: Path) -> list[Sample]:
+    """NAME.*: well-exposed photos, which must stay as they are"""
+    return [
+        Sample(name=stem, side="all", photo=path, reference=path)
+        for stem, path in _by_stem(root).items()
+    ]
+
+
+def reexposed(root: Path) -> list[Sample]:
+    """NAME.*: well-exposed photos, re-exposed by -2, -1, 0, +1 and +2 EV in linear light"""
+    return [
+        Sample(
+            name=stem,
+            side="under" if ev < 0 else "over" if ev > 0 else "all",
+            photo=path,
+            reference=path,
+            ev=ev,
+        )
+        for stem, path in _by_stem(root).items()
+        for ev in REEXPOSURES
+    ]
+
+
+def fusion(root: Path) -> list[Sample]:
+    """SCENE/under.*, SCENE/over.*; the reference is their exposure fusion"""
+    found = []
+    for scene in sorted(p for p in root.iterdir() if p.is_dir() and not p.name.startswith(".")):
+        photos = _by_stem(scene)
+        if not {"under", "over"} <= photos.keys():
+            raise UsageError(f"scene {scene} needs under.* and over.*")
+        found += [
+            Sample(
+                name=scene.name, side=side, photo=photos[side], reference=photos[other], fused=True
+            )
+            for side, other in (("under", "over"), ("over", "under"))
+        ]
+    return found
 
 
 def lcdp(root: Path) -> list[Sample]:
@@ -176,12 +269,16 @@ def sice(root: Path) -> list[Sample]:
 
 # Ends of names; 0 EV counts as over (preset msec_enc).
 MSEC_SIDES = {"_N1.5": "under", "_N1": "under", "_0": "over", "_P1": "over", "_P1.5": "over"}
+REEXPOSURES = (-2, -1, 0, 1, 2)  # EV
 LAYOUTS: dict[str, Callable[[Path], list[Sample]]] = {
     "pairs": pairs,
     "triplets": triplets,
     "msec": msec,
     "sice": sice,
     "lcdp": lcdp,
+    "good": good,
+    "reexposed": reexposed,
+    "fusion": fusion,
 }
 
 
