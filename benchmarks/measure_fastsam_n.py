@@ -65,42 +65,38 @@ def main() -> None:
     methods = {
         arguments.segmenter: of(segmenter),
         "- after the mean-luma rule": of(segmenter, ruled),
-        "- borders not refined": Method(lambda rgb: segmenter.painted(rgb)[0]),
+        "- borders not refined": Method(
+            labels=lambda rgb: segmenter.painted(rgb)[0],
+            covered=lambda rgb: segmenter.painted(rgb)[1],
+        ),
         "felzenszwalb": best_felzenszwalb(tuning, arguments.size),
         "slic": best_slic(tuning, arguments.size),
         "untrained warm start": of(warm_start),
     }
     print(f"{arguments.segmenter} {segmenter.fingerprint[:12]}, {len(photos)} photos")
     print(f"people against each other: covering {agreement(photos):.3f}")
-    print(
-        f"| EV | method | covering | border F | covered | regions | s at {arguments.size} |", end=""
-    )
-    print(f" s at {LARGE} |\n" + "| --- " * 8 + "|", flush=True)
-    for ev, (name, method) in itertools.product(EXPOSURES, methods.items()):
-        rows = [measured(method, photo, ev, arguments.size) for photo in photos]
-        large = [measured(method, photo, ev, LARGE)[-1] for photo in photos[:NUM_LARGE]]
-        values = (*np.mean(rows, 0), np.mean(large))
-        print(
-            f"| {ev:+d} | {name} | "
-            + "{:.3f} | {:.3f} | {:.3f} | {:.1f} | {:.3f} | {:.3f} |".format(*values),
-            flush=True,
-        )
+    columns = "EV | method | covering | border F | covered | regions"
+    print(f"| {columns} | s at {arguments.size} | s at {LARGE} |\n{'| --- ' * 8}|", flush=True)
+    for ev in EXPOSURES:
+        usual = [(at_exposure(rgb, ev, arguments.size), truths) for rgb, truths in photos]
+        large = [(at_exposure(rgb, ev, LARGE), truths) for rgb, truths in photos[:NUM_LARGE]]
+        for name, method in methods.items():
+            values = [*np.mean([measured(method, photo) for photo in usual], 0)]
+            values.append(np.mean([measured(method, photo)[-1] for photo in large]))
+            cells = "{:.3f} | {:.3f} | {:.3f} | {:.1f} | {:.3f} | {:.3f}".format(*values)
+            print(f"| {ev:+d} | {name} | {cells} |", flush=True)
 
 
-def measured(
-    method: Method, photo: Photo, ev: float, size: int
-) -> tuple[float, float, float, int, float]:
+def measured(method: Method, photo: Photo) -> tuple[float, float, float, int, float]:
     """Covering, border F, share covered, number of regions, seconds for one photo."""
     rgb, truths = photo
-    exposed = at_exposure(rgb, ev, size)
     began = time.process_time()
-    labels = method.labels(exposed)
+    labels = method.labels(rgb)
     seconds = time.process_time() - began
-    covered = method.covered(exposed)
-    height, width = rgb.shape[:2]
+    height, width = truths[0].shape
     labels = cv2.resize(labels.astype(np.uint16), (width, height), interpolation=cv2.INTER_NEAREST)
     scores = mean_covering(labels, truths), border_f(labels, truths)
-    return *scores, covered, len(np.unique(labels)), seconds
+    return *scores, method.covered(rgb), len(np.unique(labels)), seconds
 
 
 def at_exposure(rgb: Rgb, ev: float, size: int) -> Rgb:
@@ -144,10 +140,11 @@ def best(
     size: int,
 ) -> Method:
     """The function at the setting that covers best at EV 0."""
+    photos = [(at_exposure(rgb, 0, size), truths) for rgb, truths in photos]
     coverings = []
     for setting in settings:
         method = Method(partial(function, **setting))
-        coverings.append(np.mean([measured(method, photo, 0, size)[0] for photo in photos]))
+        coverings.append(np.mean([measured(method, photo)[0] for photo in photos]))
     chosen = settings[int(np.argmax(coverings))]
     print(f"{function.__name__}: {chosen}, covering {max(coverings):.3f} on train", flush=True)
     return Method(partial(function, **chosen))
