@@ -1,146 +1,72 @@
-"""Photos, re-exposure and captions for the recipe of clip-lite0 (see train_clip_lite0.py).
+"""Re-exposed batches for the recipe of clip-lite0 (see train_clip_lite0.py).
 
-The exposure label e of a sample is the exposure it has too much, in EV, read on the film curve: a
-good photo has e = 0, and the film curve of strength t moves it by t / ln 2. For a camera shift and
-for a frame of a real bracket, e follows from the strength that would bring it back to the good one.
+The exposure label e of a sample is the exposure it has too much, in EV of the camera model: a good
+photo has e = 0, and a photo shifted by the camera has the shift itself. Whatever is moved along the
+film curve, and every frame of a real bracket, is labelled by the strength t that would bring it
+back to the good one: `Undo` turns t into EV, fitted on photos whose shift is known.
 """
 
-import re
-from dataclasses import dataclass, field
-from pathlib import Path
+from dataclasses import dataclass
 
+import clip_lite0_captions as captions
 import cv2
 import numpy as np
 import torch
+from clip_lite0_photos import (
+    LUMA,
+    SIDE,
+    Bracket,
+    Photo,
+    Pool,
+    film_tables,
+    matching_strength,
+    mean_luma,
+)
 
-from evenlight.stages.priors import tone
+# H W pixels
 
-# H W pixels, T strengths of the grid
-
-SIDE = 224  # photos are kept in memory at this size, squashed to a square as CLIP sees them
-LN2 = float(np.log(2))
-GRID_T = np.linspace(-3, 3, 121)
-LUMA = np.array([0.299, 0.587, 0.114])
-SUFFIXES = {".jpg", ".jpeg", ".png"}
-
-
-def film_tables(strengths: np.ndarray) -> np.ndarray:
-    """The film curve at 256 levels, as the pipeline applies it.  Returns T,256 float32."""
-    levels = torch.linspace(0, 1, 256)
-    return tone.apply("film", levels, torch.as_tensor(strengths).float()[:, None]).numpy()
-
-
-FILM = film_tables(GRID_T)
-
-
-@dataclass(frozen=True)
-class Photo:
-    pixels: np.ndarray  # SIDE,SIDE,3 uint8 RGB
-    content: str  # what is in it, "" where unknown
-
-
-@dataclass(frozen=True)
-class Bracket:
-    scene: str
-    frames: list[np.ndarray]  # each SIDE,SIDE,3 uint8 RGB, sorted by mean luma
-    best: int  # index of the frame that is exposed best
-    to_best: list[float]  # film strength that brings each frame closest to the best one
-
-
-@dataclass(frozen=True)
-class Pool:
-    photos: list[Photo] = field(default_factory=list)
-    brackets: list[Bracket] = field(default_factory=list)
-    held_photos: list[Photo] = field(default_factory=list)
-    held_brackets: list[Bracket] = field(default_factory=list)
-
-
-def load_pool(folders: list[Path], hold_out: int = 5) -> Pool:
-    """Read all photos. A folder with manifest.csv holds brackets, one sub-folder per scene.
-
-    Every `hold_out`-th scene, and every 16th photo, is kept for measuring.
-    """
-    pool = Pool()
-    for folder in folders:
-        if (folder / "manifest.csv").is_file():
-            scenes = sorted(p for p in folder.iterdir() if p.is_dir())
-            for index, scene in enumerate(scenes):
-                held = index % hold_out == hold_out - 1
-                (pool.held_brackets if held else pool.brackets).append(read_bracket(scene))
-            continue
-        for index, path in enumerate(image_files(folder)):
-            photo = Photo(read(path), content_of(path.stem))
-            if 0.15 < mean_luma(photo.pixels) < 0.88:
-                (pool.held_photos if index % 16 == 15 else pool.photos).append(photo)
-    return pool
-
-
-def image_files(folder: Path) -> list[Path]:
-    return sorted(p for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES)
-
-
-def read(path: Path, side: int = SIDE) -> np.ndarray:
-    image = cv2.imread(str(path), cv2.IMREAD_COLOR)
-    assert image is not None, path
-    small = cv2.resize(image, (side, side), interpolation=cv2.INTER_AREA)
-    return np.ascontiguousarray(small[..., ::-1])
-
-
-def read_bracket(folder: Path) -> Bracket:
-    frames = sorted((read(p) for p in image_files(folder)), key=mean_luma)
-    best = int(np.argmax([well_exposedness(f) for f in frames]))
-    return Bracket(folder.name, frames, best, [closest_strength(f, frames[best]) for f in frames])
-
-
-def content_of(stem: str) -> str:
-    """ImageNet sample names are n01440764_tench: the words after the number are the content."""
-    match = re.fullmatch(r"n\d{8}_(.+)", stem)
-    return match.group(1).replace("_", " ").lower() if match else ""
-
-
-def mean_luma(pixels: np.ndarray) -> float:
-    return float((pixels.reshape(-1, 3).mean(0) / 255) @ LUMA)
-
-
-def well_exposedness(pixels: np.ndarray) -> float:
-    """Share of mid-toned pixels less the share of lost ones: how good a frame of a bracket is."""
-    luma = (pixels[::2, ::2] / 255) @ LUMA
-    mid = np.exp(-((luma - 0.5) ** 2) / (2 * 0.22**2)).mean()
-    lost = ((luma > 0.98) | (luma < 0.02)).mean()
-    return float(mid - 0.5 * lost)
-
-
-def closest_strength(frame: np.ndarray, target: np.ndarray) -> float:
-    """Film strength at which the re-exposed frame is nearest to the target (least squares)."""
-    small = cv2.resize(frame, (48, 48), interpolation=cv2.INTER_AREA)
-    goal = cv2.resize(target, (48, 48), interpolation=cv2.INTER_AREA).astype(np.float32) / 255
-    errors = ((FILM[:, small] - goal) ** 2).mean((1, 2, 3))
-    return float(GRID_T[int(errors.argmin())])
-
-
-def matching_strength(pixels: np.ndarray, target_luma: float) -> float:
-    """Film strength at which the mean luma of the re-exposed pixels is the target."""
-    weight = np.zeros(256)
-    for channel, share in enumerate(LUMA):
-        counts = np.bincount(pixels[::2, ::2, channel].ravel(), minlength=256)
-        weight += share * counts / counts.sum()
-    return float(np.interp(target_luma, FILM @ weight, GRID_T))
-
-
-# --- re-exposure ---------------------------------------------------------------------------------
+WIDEST_EV = 6.0  # about what the film curve can undo
+# drawing normal numbers anew for each shot would cost more than all else: windows of one sheet
+NOISE = np.random.default_rng(11).standard_normal((512, 512, 3), dtype=np.float32)
 
 
 @dataclass(frozen=True)
 class Sample:
-    image: np.ndarray  # size,size,3 float32 RGB in [0, 1]
+    image: np.ndarray  # size,size,3 uint8 RGB
     ev: float  # exposure too much, in EV
     caption: str
     content: str
 
 
+class Undo:
+    """Film strength t that undoes a camera shift, and the shift that a strength undoes."""
+
+    def __init__(self, photos: list[Photo]) -> None:
+        """The median over photos at each of 13 shifts, each photo shot once per shift."""
+        rng = np.random.default_rng(3)
+        self.evs = np.linspace(-3, 3, 13)
+        medians = [
+            np.median([matching_strength(camera(p.pixels, ev, rng), mean_luma(p.pixels))
+                       for p in photos])
+            for ev in self.evs
+        ]  # fmt: skip
+        self.strengths = np.array(medians) - np.interp(0, self.evs, medians)  # good: none
+        assert (np.diff(self.strengths) < 0).all(), self.strengths
+        self.grid = np.linspace(-WIDEST_EV, WIDEST_EV, 121)
+        self.needed = np.array([self.strength(ev) for ev in self.grid])
+
+    def strength(self, ev: float) -> float:
+        slope = (self.strengths[-1] - self.strengths[0]) / (self.evs[-1] - self.evs[0])
+        inside = float(np.clip(ev, self.evs[0], self.evs[-1]))
+        return float(np.interp(inside, self.evs, self.strengths) + slope * (ev - inside))
+
+    def ev(self, strength: float) -> float:
+        return float(np.interp(strength, self.needed[::-1], self.grid[::-1]))
+
+
 def crop_box(rng: np.random.Generator) -> tuple[int, int, int, int]:
     """Mostly the whole photo, else a region of it.  Returns top, left, height, width."""
-    scale = rng.uniform(0.85, 1) if rng.random() < 0.6 else rng.uniform(0.4, 0.85)
+    scale = rng.uniform(0.8, 1) if rng.random() < 0.8 else rng.uniform(0.45, 0.8)
     height, width = (int(SIDE * min(1, scale * rng.uniform(0.9, 1.1))) for _ in range(2))
     return (
         int(rng.integers(0, SIDE - height + 1)),
@@ -150,31 +76,45 @@ def crop_box(rng: np.random.Generator) -> tuple[int, int, int, int]:
     )
 
 
-def cut(pixels: np.ndarray, box: tuple[int, int, int, int], flip: bool, size: int) -> np.ndarray:
+def cut(pixels: np.ndarray, box: tuple[int, int, int, int], flip: bool) -> np.ndarray:
     top, left, height, width = box
     view = pixels[top : top + height, left : left + width]
-    return cv2.resize(view[:, ::-1] if flip else view, (size, size), interpolation=cv2.INTER_AREA)
+    return np.ascontiguousarray(view[:, ::-1] if flip else view)
 
 
-def camera(pixels: np.ndarray, ev: float, rng: np.random.Generator) -> np.ndarray:
-    """Expose a photo again by `ev`: linear light, shoulder, S-curve, saturation, noise, 8 bits."""
+def shrunk(pixels: np.ndarray, size: int) -> np.ndarray:
+    """To the square CLIP sees, bicubic and antialiased as it does it.  uint8 in and out."""
+    x = torch.from_numpy(pixels).permute(2, 0, 1)[None]
+    x = torch.nn.functional.interpolate(x, (size, size), mode="bicubic", antialias=True)
+    return x[0].permute(1, 2, 0).numpy()
+
+
+def camera_curve(ev: float, knee: float, s_curve: float) -> np.ndarray:
+    """Linear light, gain, shoulder above the knee, clipping, sRGB, S-curve.  Returns 256 in 0..1"""
     x = np.linspace(0, 1, 256)
     linear = np.where(x <= 0.04045, x / 12.92, ((x + 0.055) / 1.055) ** 2.4) * 2.0**ev
-    knee = rng.uniform(0.7, 1.0) if ev > 0 and rng.random() < 0.6 else 1.0
     if knee < 1:
         bent = knee + (1 - knee) * (1 - np.exp(-np.maximum(0, linear - knee) / (1 - knee)))
         linear = np.where(linear <= knee, linear, bent)
     linear = linear.clip(0, 1)
     coded = np.where(linear <= 0.0031308, 12.92 * linear, 1.055 * linear ** (1 / 2.4) - 0.055)
-    s_curve = rng.uniform(0, 0.5)
-    curve = (1 - s_curve) * coded + s_curve * coded**2 * (3 - 2 * coded)
-    image = curve.astype(np.float32)[pixels]
-    gray = (image @ LUMA.astype(np.float32))[..., None]
-    image = gray + rng.uniform(0.75, 1.25) * (image - gray)
+    return (1 - s_curve) * coded + s_curve * coded**2 * (3 - 2 * coded)
+
+
+def camera(pixels: np.ndarray, ev: float, rng: np.random.Generator) -> np.ndarray:
+    """Expose a photo again by `ev`: curve, saturation, noise, JPEG.  uint8 RGB in and out."""
+    knee = rng.uniform(0.7, 1.0) if ev > 0 and rng.random() < 0.6 else 1.0
+    image = cv2.LUT(pixels, to_bytes(camera_curve(ev, knee, rng.uniform(0, 0.5))))
+    saturation = rng.uniform(0.75, 1.25)
+    mix = saturation * np.eye(3) + (1 - saturation) * LUMA[None]
+    image = cv2.transform(image, mix)
     if rng.random() < 0.5:
         sigma = rng.uniform(0.002, 0.02) * (1.5 if ev < -1 else 1)
-        image += rng.normal(0, sigma, image.shape).astype(np.float32)
-    return jpeg(to_bytes(image), rng)
+        top, left = rng.integers(0, len(NOISE) - np.array(image.shape[:2]) + 1)
+        noise = NOISE[top : top + image.shape[0], left : left + image.shape[1]]
+        image = cv2.addWeighted(image.astype(np.float32), 1, noise, 255 * sigma, 0)
+        image = cv2.max(image, 0).round().clip(max=255).astype(np.uint8)
+    return jpeg(image, rng)
 
 
 def to_bytes(image: np.ndarray) -> np.ndarray:
@@ -186,10 +126,6 @@ def jpeg(pixels: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     done, buffer = cv2.imencode(".jpg", pixels, quality)
     assert done
     return cv2.imdecode(buffer, cv2.IMREAD_COLOR)
-
-
-def film(pixels: np.ndarray, t: float) -> np.ndarray:
-    return pixels.astype(np.float32) / 255 if t == 0 else film_tables(np.array([t]))[0][pixels]
 
 
 CASTS = {
@@ -205,152 +141,140 @@ def altered(pixels: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, s
     draw = rng.random()
     if draw < 0.1:
         name = str(rng.choice(list(CASTS)))
-        gains = np.array(CASTS[name], dtype=np.float32)
-        return to_bytes(pixels / 255 * gains), name
+        return cv2.transform(pixels, np.diag(CASTS[name])), name
     if draw < 0.2:
         amount = rng.choice([-0.35, 0.35])
         x = np.linspace(0, 1, 256)
         curve = x + amount * (x * x * (3 - 2 * x) - x) * 1.6
-        return to_bytes(curve)[pixels], "contrasty" if amount > 0 else "flat"
+        return cv2.LUT(pixels, to_bytes(curve)), "contrasty" if amount > 0 else "flat"
     return pixels, ""
 
 
-# --- captions ------------------------------------------------------------------------------------
-
-LEVELS = {  # upper end in EV: adjectives
-    -2.3: ["severely underexposed", "almost black", "extremely dark", "three stops underexposed"],
-    -1.4: ["strongly underexposed", "very dark", "two stops underexposed", "much too dark"],
-    -0.7: ["underexposed", "too dark", "one stop underexposed", "dim", "dark", "poorly lit"],
-    -0.3: ["slightly underexposed", "a little dark", "half a stop underexposed", "a bit too dark"],
-    0.3: [
-        "well-exposed",
-        "well exposed",
-        "correctly exposed",
-        "properly exposed",
-        "balanced",
-        "normally exposed",
-        "perfectly exposed",
-        "evenly lit",
-        "natural",
-    ],
-    0.7: ["slightly overexposed", "a little bright", "half a stop overexposed", "a bit too bright"],
-    1.4: ["overexposed", "too bright", "one stop overexposed", "bright", "washed out"],
-    2.3: ["strongly overexposed", "very bright", "two stops overexposed", "much too bright"],
-    99.0: ["severely overexposed", "almost white", "extremely bright", "three stops overexposed"],
-}
-CLASS_WORDS = (
-    ["underexposed", "too dark", "dark", "dim", "very dark", "strongly underexposed", "gloomy"],
-    LEVELS[0.3] + ["normal", "good", "just right"],
-    ["overexposed", "too bright", "bright", "very bright", "strongly overexposed", "glaring"],
-)
-TEMPLATES = [
-    "a photo with {} lighting",
-    "a {} photo",
-    "a {} photograph",
-    "a {} picture",
-    "an image that is {}",
-    "this photo is {}",
-    "the picture looks {}",
-    "the exposure is {}",
-    "{} exposure",
-    "{} lighting",
-    "{}",
-    "a photo taken with {} light",
-    "the scene is {}",
-]
-CONTENT_TEMPLATES = [
-    "a {} photo of a {c}",
-    "a photo of a {c}, {}",
-    "{c}, {}",
-    "a {c} with {} lighting",
-]
-
-
-def adjective(ev: float, rng: np.random.Generator) -> str:
-    return str(rng.choice(next(words for top, words in LEVELS.items() if ev <= top)))
-
-
-def caption(image: np.ndarray, ev: float, content: str, look: str, rng: np.random.Generator) -> str:
-    """Say in one of many wordings how the photo is exposed, sometimes what is in it."""
-    words = adjective(ev, rng)
-    if content and rng.random() < 0.5:
-        text = str(rng.choice(CONTENT_TEMPLATES)).replace("{c}", content).format(words)
-    else:
-        text = str(rng.choice(TEMPLATES)).format(words)
-    luma = image @ LUMA.astype(np.float32)
-    if ev > 0.7 and (luma > 0.97).mean() > 0.08 and rng.random() < 0.5:
-        text += rng.choice([", blown highlights", " with clipped highlights", ", burnt out"])
-    elif ev < -0.7 and (luma < 0.03).mean() > 0.08 and rng.random() < 0.5:
-        text += rng.choice([", crushed shadows", " with blocked shadows", ", no shadow detail"])
-    if look:
-        text += {"contrasty": ", high contrast", "flat": ", low contrast"}.get(
-            look, f", {look} colour cast"
-        )
-    return text
+def turned(pixels: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Rotated and sheared a little, edges mirrored: another picture of the same exposure."""
+    height, width = pixels.shape[:2]
+    matrix = cv2.getRotationMatrix2D((width / 2, height / 2), rng.uniform(-8, 8), 1)
+    matrix[:, :2] += rng.uniform(-0.06, 0.06, (2, 2))
+    return cv2.warpAffine(pixels, matrix, (width, height), borderMode=cv2.BORDER_REFLECT)
 
 
 # --- batches -------------------------------------------------------------------------------------
 
 
 def spread(rng: np.random.Generator, count: int) -> list[float]:
-    """Labels of one group of versions: one near 0, one under, one over, the rest anywhere."""
-    near = 0.0 if rng.random() < 0.4 else rng.normal(0, 0.35)
-    rest = [rng.uniform(-3, 3) for _ in range(count - 3)]
-    return [near, rng.uniform(-3, -0.4), rng.uniform(0.4, 3), *rest]
+    """Labels of one group: about a fifth near 0, the rest anywhere, at least two apart."""
+    drawn = []
+    for _ in range(count):
+        near = 0.0 if rng.random() < 0.6 else rng.uniform(-0.3, 0.3)
+        drawn.append(near if rng.random() < 0.2 else rng.uniform(-2.7, 2.7))
+    if max(drawn) - min(drawn) < 0.5:
+        drawn[0] = rng.uniform(0.6, 2.5) * rng.choice([-1, 1])
+    return drawn
 
 
-def photo_group(photo: Photo, count: int, size: int, rng: np.random.Generator) -> list[Sample]:
-    """Versions of one good photo: half by the film curve, half by the camera (then film)."""
-    crop = cut(photo.pixels, crop_box(rng), rng.random() < 0.5, size)
-    target = mean_luma(crop)
-    crop, look = altered(crop, rng)
-    samples = []
-    for ev in spread(rng, count):
-        if rng.random() < 0.5 or not 0.06 < target < 0.94:
-            base = jpeg(crop, rng) if rng.random() < 0.4 else crop
-            t, needed = ev * LN2, 0.0
+class Batches:
+    """Groups of versions of one photo or bracket, the versions of a group together."""
+
+    def __init__(self, pool: Pool, versions: int) -> None:
+        self.pool, self.versions, self.size = pool, versions, SIDE
+        self.most_ev = WIDEST_EV
+        best = [Photo(b.frames[b.best], "") for b in pool.brackets]
+        self.undo = Undo(best[::3] + pool.chosen[::3])
+
+    def draw(
+        self, groups: int, size: int, most_ev: float, rng: np.random.Generator
+    ) -> list[Sample]:
+        """groups x versions samples, each size x size, labels within +-most_ev."""
+        self.size, self.most_ev = size, most_ev
+        samples: list[Sample] = []
+        for _ in range(groups):
+            kind = rng.random()
+            if self.pool.brackets and kind < 0.35:
+                bracket = self.pool.brackets[int(rng.integers(len(self.pool.brackets)))]
+                samples += self.bracket_group(bracket, rng)
+            else:
+                samples += self.photo_group(self.scene(kind < 0.6, rng), rng)
+        return samples
+
+    def scene(self, chosen: bool, rng: np.random.Generator) -> Photo:
+        """A good photo, cropped and turned; sometimes a part of it shows another good one."""
+        photo = self.any_photo(chosen, rng)
+        box = crop_box(rng)
+        pixels = cut(photo.pixels, box, rng.random() < 0.5)
+        if rng.random() < 0.3:
+            pixels = turned(pixels, rng)
+        if rng.random() > 0.3:
+            return Photo(pixels, photo.content)
+        other = cut(self.any_photo(chosen, rng).pixels, box, rng.random() < 0.5)
+        at = int(rng.uniform(0.35, 0.65) * pixels.shape[0])
+        if rng.random() < 0.5:
+            pixels[at:] = other[at:]
         else:
-            shot = ev if rng.random() < 0.5 else rng.uniform(-3, 3)
-            base = camera(crop, shot, rng)
-            needed = matching_strength(base, target)
-            t = 0.0 if shot == ev else float(np.clip(needed + ev * LN2, -2.2, 2.2))
-        samples.append(finish(base, t, needed, photo.content, look, rng))
-    return samples
+            pixels[:, at:] = other[:, at:]
+        return Photo(pixels, "")
 
+    def any_photo(self, chosen: bool, rng: np.random.Generator) -> Photo:
+        """Those chosen as good and the best frames of brackets, or ordinary ones."""
+        if not chosen:
+            return self.pool.web[int(rng.integers(len(self.pool.web)))]
+        index = int(rng.integers(len(self.pool.chosen) + len(self.pool.brackets)))
+        if index < len(self.pool.chosen):
+            return self.pool.chosen[index]
+        bracket = self.pool.brackets[index - len(self.pool.chosen)]
+        return Photo(bracket.frames[bracket.best], "")
 
-def bracket_group(
-    bracket: Bracket, count: int, size: int, rng: np.random.Generator
-) -> list[Sample]:
-    """Frames of one real bracket, as shot or moved along the film curve."""
-    box, flip = crop_box(rng), rng.random() < 0.5
-    samples = []
-    for ev in spread(rng, count):
-        index = bracket.best if rng.random() < 0.2 else int(rng.integers(len(bracket.frames)))
-        base = cut(bracket.frames[index], box, flip, size)
-        needed = bracket.to_best[index]
-        t = 0.0 if rng.random() < 0.3 else float(np.clip(needed + ev * LN2, -2.2, 2.2))
-        samples.append(finish(base, t, needed, "", "", rng))
-    return samples
+    def photo_group(self, photo: Photo, rng: np.random.Generator) -> list[Sample]:
+        """Versions of one good photo: by the camera, by the film curve, or by both in turn."""
+        target = mean_luma(photo.pixels)
+        pixels, look = altered(photo.pixels, rng)
+        if look in CASTS:
+            target = mean_luma(pixels)
+        samples = []
+        for ev in spread(rng, self.versions):
+            how = rng.random()
+            if how < 0.6:
+                plain = ev == 0 and rng.random() < 0.5
+                base = pixels if plain else camera(pixels, ev, rng)
+                samples.append(self.finish(base, 0.0, ev, photo.content, look, rng))
+                continue
+            base, needed = pixels, 0.0
+            if how < 0.85:
+                base = camera(pixels, rng.uniform(-2.5, 2.5), rng)
+                needed = matching_strength(base, target)
+            t = float(np.clip(needed - self.undo.strength(ev), -2.2, 2.2))
+            ev = self.undo.ev(needed - t)
+            samples.append(self.finish(base, t, ev, photo.content, look, rng))
+        return samples
 
+    def bracket_group(self, bracket: Bracket, rng: np.random.Generator) -> list[Sample]:
+        """Frames of one real bracket, as shot or moved along the film curve."""
+        box, flip, turn = crop_box(rng), rng.random() < 0.5, int(rng.integers(1 << 30))
+        turns = rng.random() < 0.3
+        samples = []
+        for ev in spread(rng, self.versions):
+            index = bracket.best if rng.random() < 0.2 else int(rng.integers(len(bracket.frames)))
+            base = cut(bracket.frames[index], box, flip)
+            if turns:
+                base = turned(base, np.random.default_rng(turn))
+            needed = bracket.to_best[index]
+            moved = float(np.clip(needed - self.undo.strength(ev), -2.2, 2.2))
+            t = 0.0 if rng.random() < 0.35 else moved
+            samples.append(self.finish(base, t, self.undo.ev(needed - t), "", "", rng))
+        return samples
 
-def finish(
-    base: np.ndarray, t: float, needed: float, content: str, look: str, rng: np.random.Generator
-) -> Sample:
-    image = film(base, t)
-    if rng.random() < 0.25:
-        image = jpeg(to_bytes(image), rng).astype(np.float32) / 255
-    ev = float(np.clip((t - needed) / LN2, -3.5, 3.5))
-    return Sample(image, ev, caption(image, ev, content, look, rng), content)
-
-
-def batch(pool: Pool, groups: int, count: int, size: int, rng: np.random.Generator) -> list[Sample]:
-    """`groups` photos or brackets, `count` versions of each, versions of one group together."""
-    samples: list[Sample] = []
-    for _ in range(groups):
-        if pool.brackets and rng.random() < 0.45:
-            bracket = pool.brackets[int(rng.integers(len(pool.brackets)))]
-            samples += bracket_group(bracket, count, size, rng)
-        else:
-            photo = pool.photos[int(rng.integers(len(pool.photos)))]
-            samples += photo_group(photo, count, size, rng)
-    return samples
+    def finish(
+        self, base: np.ndarray, t: float, ev: float, content: str, look: str,
+        rng: np.random.Generator,
+    ) -> Sample:  # fmt: skip
+        image = cv2.LUT(base, to_bytes(film_tables(np.array([t]))[0])) if t else base
+        if rng.random() < 0.1:
+            image = jpeg(image, rng)
+        image = shrunk(image, self.size)
+        if rng.random() < 0.2:  # a patch of the photo's own mean colour
+            top, left = rng.integers(0, self.size * 3 // 4, 2)
+            height, width = rng.integers(self.size // 8, self.size // 3, 2)
+            patch = np.array(cv2.mean(image)[:3]).astype(np.uint8)
+            image[top : top + height, left : left + width] = patch
+        ev = float(np.clip(ev, -self.most_ev, self.most_ev))
+        said = captions.caption(image, ev, content, look, rng)
+        return Sample(image, ev, said, content)
