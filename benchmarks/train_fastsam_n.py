@@ -7,7 +7,7 @@ offset: their statistics are refilled from training photos and the two changed t
 the function stays the same.  The class branch keeps its width and ends in one logit, the mean of
 the 80.  Writes FOLDER/fastsam-n.safetensors (moving average of the weights), FOLDER/log.jsonl
 and FOLDER/checkpoint.pt every --save-every steps; the same command goes on from the checkpoint.
-One thread; bfloat16 where --bfloat16 says so (2.5 times faster with AVX512-BF16), the loss in
+One thread; bfloat16 where --bfloat16 says so (twice as fast with AVX512-BF16), the loss in
 float32 always.
 """
 
