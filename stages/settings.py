@@ -108,7 +108,7 @@ class PromptSettings:
 class PseudoGTSettings:
     regional: bool = setting(True, "pseudo_gt")  # False: one strength per photo
     search: str = setting("crossing", "pseudo_gt")  # "crossing" of d through 0, or "grid" argmax
-    meter_weight: float = setting(0.7, "pseudo_gt")  # share of the meter, CLIP the rest
+    meter_weight: float = setting(1.0, "pseudo_gt")  # share of the meter, CLIP the rest
     blend: float = setting(0.2, "pseudo_gt")  # how far a trusted region moves to its own strength
     max_strength: float = setting(2.2, "pseudo_gt")  # |t| never exceeds it
 

@@ -1,7 +1,5 @@
 """The scorer and prompt tuning, on a toy CLIP and on the shipped one."""
 
-import math
-
 import numpy as np
 import pytest
 import torch
@@ -10,7 +8,14 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from evenlight.stages.priors.clip import load_clip
-from evenlight.stages.priors.prompts import Ladders, Scorer, spearman, tune, zero_shot
+from evenlight.stages.priors.prompts import (
+    STRENGTH_PER_EV,
+    Ladders,
+    Scorer,
+    spearman,
+    tune,
+    zero_shot,
+)
 from evenlight.stages.settings import ClipSettings, PromptSettings
 
 D = 12
@@ -40,7 +45,7 @@ class ToyClip:
 
 def embeddings_at(ev: np.ndarray, content: np.ndarray) -> np.ndarray:
     """Unit embeddings that turn with exposure in one plane; the other axes are content."""
-    turn = np.stack([np.sin(ev / 2), np.cos(ev / 2)], -1)
+    turn = np.stack([np.sin(ev / 3), np.cos(ev / 3)], -1)
     x = np.concatenate([turn, np.broadcast_to(content, (*ev.shape, D - 2))], -1)
     return (x / np.linalg.norm(x, axis=-1, keepdims=True)).astype(np.float32)
 
@@ -51,7 +56,7 @@ def make_ladders(num: int = 120, noise: float = 0.12) -> Ladders:
     error_ev = np.where(np.arange(num) % 2 == 0, 0.0, rng.choice([-2.5, 2.5], num))
     content = rng.normal(0, noise, (num, 1, D - 2))
     strengths = np.tile(OFFSETS, (num, 1))
-    ev = error_ev[:, None] + strengths / math.log(2)
+    ev = error_ev[:, None] + strengths / STRENGTH_PER_EV
     return Ladders(
         photo_embeddings=embeddings_at(error_ev[:, None], content)[:, 0],
         ladder_embeddings=embeddings_at(ev, content).astype(np.float16),
@@ -154,7 +159,7 @@ def test_shipped_clip_tunes_from_embeddings_of_its_own() -> None:
     rng = np.random.default_rng(0)
     noise = rng.normal(0, 0.1, (24, 14, clip.dim)).astype(np.float32)
     text = clip.embed_text(["underexposed", "well exposed", "overexposed"]).numpy()
-    ev = np.tile(np.concatenate([[0.0], OFFSETS / math.log(2)]), (24, 1))
+    ev = np.tile(np.concatenate([[0.0], OFFSETS / STRENGTH_PER_EV]), (24, 1))
     side = np.where(ev < 0, 0, 2)
     share = np.clip(np.abs(ev), 0, 1)[..., None]
     x = share * text[side] + (1 - share) * text[1] + 0.2 * noise

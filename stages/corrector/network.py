@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from evenlight.stages.corrector.blocks import SIMR, ChannelNorm, Pointwise
 from evenlight.stages.pixels import luma
-from evenlight.stages.priors import tone
+from evenlight.stages.priors import meter, tone
 from evenlight.stages.settings import NetworkSettings
 
 MAX_STRENGTH = 2.2  # |t| never exceeds it (method.md 4.1)
@@ -191,7 +191,7 @@ class GlobalStrength(nn.Module):
     """One strength (before tanh) for the whole photo, so that the map answers for space and colour.
 
     Brightness decides most of PSNR (method.md 4.5). From pooled bottom features and statistics of
-    the photo, among them the strength of the mean-luma rule: the rule is one weight away.
+    the photo, among them the strength that the meter asks for: the meter is one weight away.
     """
 
     def __init__(self, channels: int, family: str) -> None:
@@ -213,17 +213,17 @@ class GlobalStrength(nn.Module):
 def photo_statistics(photo_B3HW: Tensor, family: str) -> Tensor:
     """What a light meter and a histogram say, each about within +-2, from a 32-pixel copy.
 
-    Rule strength (before tanh); mean, spread and quantiles of luma; colour cast.
+    The meter's strength (before tanh); mean, spread and quantiles of luma; colour cast.
     Returns float32 B,NUM_STATISTICS.
     """
     small = F.adaptive_avg_pool2d(photo_B3HW.float(), SMALL_SIDE)
-    rule = tone.rule_strength(small, family) / MAX_STRENGTH
+    metered = meter.strength(small, family) / MAX_STRENGTH
     luma_BL = luma(small).flatten(1)
     mean_B = luma_BL.mean(1)
     levels_BQ = luma_BL.quantile(luma_BL.new_tensor(QUANTILES), dim=1).T
     cast_B3 = small.mean((2, 3)) - mean_B[:, None]
     columns = [
-        rule.clamp(-0.98, 0.98).atanh()[:, None],
+        metered.clamp(-0.98, 0.98).atanh()[:, None],
         4 * (mean_B[:, None] - 0.5),
         4 * (luma_BL.std(1, keepdim=True) - 0.2),
         4 * (levels_BQ - 0.5),

@@ -21,7 +21,7 @@ from evenlight.stages.settings import PromptSettings
 
 PHRASE = "a photo with"
 CLASS_WORDS = ("underexposed lighting", "well-exposed lighting", "overexposed lighting")
-LN2 = math.log(2)
+STRENGTH_PER_EV = 0.44  # film strength that undoes one EV of a camera, median over photos
 NORMAL_EV, OFF_EV = 0.3, 0.7  # normal up to the first, under or over from the second
 JUDGED_EV = 1.0  # accuracy counts rungs this far from the good exposure
 IGNORED = -100  # label of rungs between NORMAL_EV and OFF_EV
@@ -120,7 +120,7 @@ class _Rungs:
 def tune(clip: TunableClip, ladders: Ladders, settings: PromptSettings) -> TuneResult:
     """Learn the context of the three prompts on the good photos among those cached.
 
-    The rungs of a good photo's ladder have a known exposure error e = t / ln 2 in EV. No image
+    The rungs of a good photo's ladder have a known exposure error e = t / .44 in EV. No image
     passes through CLIP, only three prompts per step. A share of the good photos is held out to
     fit the temperature and for the acceptance check; the same seed gives the same result.
     """
@@ -183,7 +183,7 @@ def _good_photos(ladders: Ladders, scorer: Scorer) -> tuple[np.ndarray, dict[str
 def _rungs(ladders: Ladders, index: np.ndarray) -> _Rungs:
     photo = ladders.photo_embeddings[index][:, None].astype(np.float32)
     embeddings = np.concatenate([photo, ladders.ladder_embeddings[index].astype(np.float32)], 1)
-    ev = ladders.ladder_strengths[index] / LN2
+    ev = ladders.ladder_strengths[index] / STRENGTH_PER_EV
     ev = np.concatenate([np.zeros((len(index), 1)), ev], 1).astype(np.float32)
     return _Rungs(torch.from_numpy(embeddings), torch.from_numpy(ev))
 
