@@ -61,7 +61,7 @@ def write_report(
 
 
 def colour_regions(labels_HW: np.ndarray) -> np.ndarray:
-    """A picture of a region map: one colour per region, uncovered pixels black."""
+    """A picture of a region map: one colour per region, label 0 black."""
     palette = np.zeros((256, 3), np.uint8)
     for label in range(1, 256):
         hue = label * 0.618034 % 1

@@ -72,7 +72,7 @@ def test_the_global_baseline_has_one_strength_everywhere():
 
 
 def test_regional_strengths_follow_regions_that_the_score_vouches_for():
-    dark, bright = photo(-1.8, 1), photo(0.3, 2)
+    dark, bright = photo(-2.2, 1), photo(-0.3, 2)
     both = np.concatenate([dark, bright], 1)
     labels = np.repeat([[1, 2]], 96, 0).repeat(128, 1).astype(np.uint8)
     cached = embed_photo(both, labels, ToyClip(), LADDER)
@@ -83,7 +83,7 @@ def test_regional_strengths_follow_regions_that_the_score_vouches_for():
 
 
 def test_no_region_passes_the_largest_strength():
-    both = np.concatenate([photo(-1.8, 1), photo(0.3, 2)], 1)
+    both = np.concatenate([photo(-2.2, 1), photo(-0.3, 2)], 1)
     labels = np.repeat([[1, 2]], 96, 0).repeat(128, 1).astype(np.uint8)
     cached = embed_photo(both, labels, ToyClip(), LADDER)
     free = dataclasses.replace(SETTINGS, blend=0.9)

@@ -76,7 +76,7 @@ def embed_photo(
 ) -> dict[str, np.ndarray]:
     """The embeddings part of one photo.
 
-    photo: uint8 H,W,3 sRGB, true extent only.  labels: uint8 H,W, 0 = uncovered.
+    photo: uint8 H,W,3 sRGB, true extent only.  labels: uint8 H,W, from 1.
     Returns the arrays of the part (docs/architecture.md); rows of absent regions are zero.
     """
     rgb = to_float(photo_HW3)

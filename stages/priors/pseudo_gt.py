@@ -22,9 +22,9 @@ from evenlight.stages.priors.ladder import CLIPPED_HIGH, CLIPPED_LOW
 from evenlight.stages.settings import LadderSettings, PseudoGTSettings
 
 MAP_SCALE = 4  # the t map is kept at 1/4 of the photo's side
-# A photo this surely "normal" stays as it is.  Chosen on BSDS500 train (86 % of 50 good photos stay,
-# 2 and 18 % of them at -1 and +1 EV) against real brackets, which lose 0.2 dB by it; the 0.6 and
-# |d| < 1 of method.md leave half of the good photos to be changed.
+# A photo this surely "normal" stays as it is.  Chosen on BSDS500 train (86 % of 50 good photos
+# stay, 2 and 18 % of them at -1 and +1 EV) against real brackets, which lose 0.2 dB by it; the 0.6
+# and |d| < 1 of method.md leave half of the good photos to be changed.
 GOOD_PROBABILITY = 0.7
 ORDER_MARGIN = 0.05  # luma difference above which two regions must keep their order
 TRUSTED_GAIN = 0.5  # rise of the score at which a region is trusted fully
