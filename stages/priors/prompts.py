@@ -27,6 +27,7 @@ JUDGED_EV = 1.0  # accuracy counts rungs this far from the good exposure
 IGNORED = -100  # label of rungs between NORMAL_EV and OFF_EV
 BEST_SHARE = 0.2  # of the candidates for good photos
 FEWEST_GOOD = 20
+LEAST_GAIN = 0.001  # of accuracy or Spearman, for tuned prompts to replace untuned ones
 GOOD_RULES = (  # mean luma from, to, clipped share below; the first that leaves enough photos
     (0.35, 0.60, 0.01),
     (0.30, 0.65, 0.05),
@@ -142,7 +143,10 @@ def tune(clip: TunableClip, ladders: Ladders, settings: PromptSettings) -> TuneR
     scorer = Scorer(text, _fit_temperature(text, held, clip.logit_scale))
     accuracy, rho = _figures(scorer, held)
     accuracy_before, rho_before = _figures(start, held)
-    accepted = accuracy >= settings.min_accuracy and rho >= settings.min_spearman
+    # Figures as good as before are no gain, and prompts tuned on few photos judge others worse.
+    gains = (accuracy - accuracy_before, rho - rho_before)
+    better = min(gains) >= 0 and max(gains) > LEAST_GAIN
+    accepted = better and accuracy >= settings.min_accuracy and rho >= settings.min_spearman
     report |= {
         "held_out_photos": num_held,
         "accuracy": round(accuracy, 4),
@@ -155,8 +159,9 @@ def tune(clip: TunableClip, ladders: Ladders, settings: PromptSettings) -> TuneR
     }
     if not accepted:
         report["reason"] = (
-            f"on held-out photos accuracy is {accuracy:.3f} (asked {settings.min_accuracy}) and "
-            f"Spearman {rho:.3f} (asked {settings.min_spearman}): the former prompts stay"
+            f"on held-out photos accuracy is {accuracy:.3f} (asked {settings.min_accuracy}, untuned "
+            f"{accuracy_before:.3f}) and Spearman {rho:.3f} (asked {settings.min_spearman}, untuned "
+            f"{rho_before:.3f}): the former prompts stay"
         )
     return TuneResult(scorer, accepted, report)
 
