@@ -159,8 +159,8 @@ def tune(clip: TunableClip, ladders: Ladders, settings: PromptSettings) -> TuneR
     }
     if not accepted:
         report["reason"] = (
-            f"on held-out photos accuracy is {accuracy:.3f} (asked {settings.min_accuracy}, untuned "
-            f"{accuracy_before:.3f}) and Spearman {rho:.3f} (asked {settings.min_spearman}, untuned "
+            f"on held-out photos accuracy is {accuracy:.3f} (asked {settings.min_accuracy}, before "
+            f"{accuracy_before:.3f}) and Spearman {rho:.3f} (asked {settings.min_spearman}, before "
             f"{rho_before:.3f}): the former prompts stay"
         )
     return TuneResult(scorer, accepted, report)
