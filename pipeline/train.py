@@ -16,14 +16,12 @@ from evenlight.pipeline.models import Models, choose_device, load_models
 from evenlight.pipeline.plan import made_by, recorded_plans
 from evenlight.pipeline.precompute import Progress, silent
 from evenlight.pipeline.prompts import store_scorer
-from evenlight.stages.corrector.batches import small_copies
-from evenlight.stages.corrector.brackets import find_brackets, share_targets
 from evenlight.stages.corrector.inputs import at_working_size
 from evenlight.stages.corrector.training import Frozen, TrainingData, TrainResult
 from evenlight.stages.corrector.training import train as run_training
 from evenlight.stages.images import Extent
 from evenlight.stages.pixels import resize, to_float
-from evenlight.stages.settings import Settings, TrainSettings
+from evenlight.stages.settings import Settings
 
 log = logging.getLogger(__name__)
 
@@ -47,7 +45,7 @@ def train(
     with Store.open(store) as source:
         scorer = store_scorer(source.path, None)
         refuse_stale(source, settings, models, scorer.fingerprint)
-        data = load_data(source, settings.train, device, on_progress)
+        data = load_data(source, settings.train.size, device, on_progress)
         digest = source.digest()
     clip = models.clip
 
@@ -95,38 +93,28 @@ def refuse_stale(store: Store, settings: Settings, models: Models, prompts: str)
             )
 
 
-def load_data(
-    store: Store, settings: TrainSettings, device: str, on_progress: Progress = silent
-) -> TrainingData:
+def load_data(store: Store, size: int, device: str, on_progress: Progress = silent) -> TrainingData:
     """Every usable photo and its priors at the working size, moved to the device once if they fit.
 
-    A photo takes about 14 bytes per pixel of its square canvas.  Where the device lacks the room
-    they stay in host memory, and each batch is copied: a warning says so.
+    size: side of the square canvas, pixels; a photo takes about 14 bytes per pixel of it.  Where
+    the device lacks the room they stay in host memory, and each batch is copied: a warning says so.
     """
-    size = settings.size
     slots = np.array(store.slots("pseudo_gt"))
     if not len(slots):
         raise UsageError(f"store {store.path} holds no usable photo")
     tensors = _empty(len(slots), size, store.rows("p3", slots[:1]).shape[1])
     unit_size = store.index.unit_size
     arrays = ("photo", "extent", "proto", "p3", "regions", "pseudo_gt", "confidence", "strength")
-    strengths = torch.zeros(len(slots))
     done = 0
     for unit in np.unique(slots // unit_size):
         rows = store.read(int(unit), arrays)
         for row in slots[slots // unit_size == unit] % unit_size:
             _fill(tensors, done, {name: rows[name][row] for name in arrays}, size)
-            strengths[done] = float(rows["strength"][row])
             done += 1
         on_progress("photos loaded", done, len(slots))
     names = [str(store.index.names[slot]) for slot in slots]
     place = device if _fits(tensors, device) else "cpu"
-    data = TrainingData(**{k: tensor.to(place) for k, tensor in tensors.items()}, names=names)
-    if settings.brackets:
-        brackets = find_brackets(names, tensors["extent"], small_copies(data).cpu())
-        log.info("%d brackets of %d photos in all", len(brackets), sum(map(len, brackets)))
-        share_targets(brackets, strengths, data.pseudo_gt, data.confidence)
-    return data
+    return TrainingData(**{k: tensor.to(place) for k, tensor in tensors.items()}, names=names)
 
 
 def _empty(count: int, size: int, p3_channels: int) -> dict[str, Tensor]:

@@ -1,10 +1,8 @@
 """From a store to training tensors: nothing stale, and the same inputs as when correcting."""
 
-import cv2
 import numpy as np
 import pytest
 import torch
-from photo_makers import picture
 from toys import ToyClip, ToySegmenter, write_photos
 
 from evenlight.cache.errors import StoreError
@@ -16,9 +14,6 @@ from evenlight.pipeline.prompts import store_scorer
 from evenlight.pipeline.train import load_data, refuse_stale
 from evenlight.stages.corrector.inputs import at_working_size, prior_features
 from evenlight.stages.images import decode, working
-from evenlight.stages.pixels import to_bytes, to_float
-from evenlight.stages.priors import tone
-from evenlight.stages.settings import TrainSettings
 
 SMALL = ["photo.size=96", "run.unit_size=2", "ladder.regions=3"]
 SETTINGS = config.build(overrides=SMALL)
@@ -59,7 +54,7 @@ def test_a_stale_store_is_refused_with_the_cure(store, overrides, models, said):
 
 def test_training_sees_what_correcting_sees(store):
     """Cached features, brought to the working size, equal those made afresh from the file."""
-    data = load_data(store, TrainSettings(size=64), "cpu")
+    data = load_data(store, 64, "cpu")
     name = data.names[1]
     file = next(p for p in (store.path.parent / "photos").iterdir() if p.name == name)
     photo = working(decode(file.read_bytes(), name).pixels, SETTINGS.photo.size)
@@ -74,7 +69,7 @@ def test_training_sees_what_correcting_sees(store):
 
 
 def test_beyond_its_extent_a_photo_repeats_its_edge(store):
-    data = load_data(store, TrainSettings(size=64), "cpu")
+    data = load_data(store, 64, "cpu")
     height, width = data.extent[0].tolist()
     assert (height, width) == (64, 48)
     edge = data.photo[0, :, :, width - 1 : width]
@@ -93,23 +88,3 @@ def test_the_paper_preset_makes_one_gamma_per_photo(store, tmp_path):
         wanted = value ** np.exp(-float(rows["t_map"][0, 0, 0])) * 255
         made = rows["pseudo_gt"][0, :height, :width]
         assert np.abs(made - wanted).max() < 1
-
-
-def test_frames_of_a_bracket_share_the_target_of_the_least_corrected_one(tmp_path):
-    photos = tmp_path / "photos"
-    photos.mkdir()
-    rgb = to_float(np.repeat(picture(64, 96, 1), 3, axis=2))
-    for number, exposure in enumerate((-1.2, -0.3, 0.9)):
-        pixels = to_bytes(tone.apply("film", rgb, exposure)).numpy()
-        cv2.imwrite(str(photos / f"{number}.png"), pixels)
-    cv2.imwrite(str(photos / "3.png"), picture(64, 96, 3, seed=5))
-    models = Models(ToySegmenter(), ToyClip())
-    precompute(photos, tmp_path / "S", settings=SETTINGS, models=models)
-    with Store.open(tmp_path / "S") as store:
-        strengths = store.rows("strength", np.arange(4))
-        alone = load_data(store, TrainSettings(size=96, brackets=False), "cpu").pseudo_gt
-        shared = load_data(store, TrainSettings(size=96), "cpu").pseudo_gt
-    best = int(np.abs(strengths[:3]).argmin())
-    assert not torch.equal(alone[0], alone[best]) or best == 0
-    assert all(torch.equal(shared[frame], alone[best]) for frame in range(3))
-    assert torch.equal(shared[3], alone[3])
