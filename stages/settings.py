@@ -174,7 +174,6 @@ class TrainSettings:
     ema: float = setting(0.995, "training")
     clip_norm: float = setting(1.0, "training")
     calibrate: tuple[int, int] = setting((20, 40), "training")  # steps measured for loss shares
-    brackets: bool = setting(True, "training")  # frames of one scene share the best one's target
     held_out: float = setting(0.03, "training")  # share of photos that choose the best checkpoint
     validate_every: int = setting(200, "training")
     save_every: int = setting(100, "training")
