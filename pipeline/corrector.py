@@ -12,14 +12,16 @@ from evenlight.cache.errors import EnvironmentLacks, StoreError, UsageError
 from evenlight.pipeline import config
 from evenlight.pipeline.models import Models, choose_device, load_models
 from evenlight.pipeline.train import priors_of
-from evenlight.stages.corrector.apply import Maps, correct_pixels, fit_maps
+from evenlight.stages.corrector.apply import Maps, correct_pixels, fit_maps, meet_meter
 from evenlight.stages.corrector.checkpoint import load_corrector
 from evenlight.stages.corrector.inputs import at_working_size, prior_features, rule_corrected
 from evenlight.stages.corrector.network import Corrector
 from evenlight.stages.images import working
+from evenlight.stages.pixels import resize, to_float
+from evenlight.stages.priors import meter
 from evenlight.stages.priors.ladder import embed_photo
 from evenlight.stages.priors.prompts import Scorer
-from evenlight.stages.priors.pseudo_gt import choose
+from evenlight.stages.priors.pseudo_gt import choose, well_exposed
 from evenlight.stages.settings import Settings
 
 SHIPPED = Path(__file__).parent.parent / "stages" / "weights" / "base"
@@ -45,8 +47,22 @@ class LoadedCorrector:
         inputs = at_working_size(photo_HW3, proto, p3, self.settings.train.size)
         device = next(self.network.parameters()).device
         with torch.inference_mode():
-            strength, residual = self.network(*(x.to(device) for x in inputs))
-        return fit_maps(inputs[0], strength.cpu(), residual.cpu(), self.settings.network.family)
+            strength, residual = (x.cpu() for x in self.network(*(x.to(device) for x in inputs)))
+        family = self.settings.network.family
+        if self.settings.network.head == "tone":  # the paper's head answers for everything itself
+            strength = meet_meter(inputs[0], strength, residual, family)
+            if self.well_exposed(photo_HW3):
+                strength, residual = torch.zeros_like(strength), torch.zeros_like(residual)
+        return fit_maps(inputs[0], strength, residual, family)
+
+    def well_exposed(self, photo_HW3: np.ndarray) -> bool:
+        """Whether CLIP and the meter find that the photo (uint8) should stay as it is."""
+        rgb = to_float(photo_HW3)
+        clip = self.models.clip
+        with torch.inference_mode():
+            logits = self.scorer.logits(clip.embed(resize(rgb, clip.size, clip.size)))[0]
+        metered = float(meter.strength(rgb, self.settings.ladder.family)[0])
+        return well_exposed(logits.cpu().double().numpy(), metered)
 
     def pseudo_gt(self, pixels_HW3: np.ndarray) -> dict[str, np.ndarray]:
         """The pseudo_gt part, and regions, of a photo that is in no store, at the priors' size."""

@@ -17,11 +17,13 @@ from torch.nn import functional as F
 
 from evenlight.stages.images import working
 from evenlight.stages.pixels import coefficients, luma
-from evenlight.stages.priors import tone
+from evenlight.stages.priors import meter, tone
 
 STRIP_PIXELS = 2**20
 GUIDE_RADIUS = 4  # working-size pixels
 GUIDE_EPS = 1e-3
+MAX_SHIFT = 1.5  # of the strength map, towards the meter
+FULL_SHIFT = 0.5  # mean strength from which the meter decides brightness alone
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,6 +46,28 @@ def fit_maps(photo_13hw: Tensor, strength: Tensor, residual: Tensor, family: str
     maps = torch.cat([strength, residual], 1)
     a, b = coefficients(luma(photo_13hw), maps, radius=GUIDE_RADIUS, eps=GUIDE_EPS)
     return Maps(a=a, b=b, family=family)
+
+
+def meet_meter(photo_13hw: Tensor, strength: Tensor, residual: Tensor, family: str) -> Tensor:
+    """The strength map shifted as a whole, so that the output has the mean luma the meter asks for.
+
+    The network answers for space and colour, the meter for brightness: trained on both in one loss
+    it falls behind the meter (23.05 for 23.19 dB on 30 real triplets, 20.19 for 20.99 on brackets;
+    shifted 23.28 and 20.93).  Where the network hardly corrects, its word counts: the shift grows
+    with the mean strength, in full from FULL_SHIFT on.
+    """
+    target = float(meter.target_luma(photo_13hw))
+
+    def mean_luma(shift: float) -> float:
+        output = tone.apply(family, photo_13hw, strength + shift) + residual
+        return float(luma(output.clamp(0, 1)).mean())
+
+    low, high = -MAX_SHIFT, MAX_SHIFT
+    for _ in range(12):
+        middle = (low + high) / 2
+        low, high = (middle, high) if mean_luma(middle) < target else (low, middle)
+    trust = min(1.0, abs(float(strength.mean())) / FULL_SHIFT)
+    return strength + trust * (low + high) / 2
 
 
 def correct_pixels(

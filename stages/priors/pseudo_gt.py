@@ -72,6 +72,13 @@ def candidate_score(
     return log_p - 0.05 * strengths**2 - 2 * np.maximum(0, added_clipping)
 
 
+def well_exposed(photo_logits_3: np.ndarray, metered: float) -> bool:
+    """Whether a photo should stay as it is: surely "normal", and near what the meter asks for."""
+    probability = np.exp(photo_logits_3 - photo_logits_3.max())
+    normal = probability[1] / probability.sum() >= GOOD_PROBABILITY
+    return bool(normal and abs(metered) < GOOD_STRENGTH)
+
+
 def global_strength(
     logits_K3: np.ndarray,
     photo_logits_3: np.ndarray,
@@ -84,9 +91,7 @@ def global_strength(
 
     metered: strength that the meter asks for.
     """
-    probability = np.exp(photo_logits_3 - photo_logits_3.max())
-    normal = probability[1] / probability.sum() >= GOOD_PROBABILITY
-    if normal and abs(metered) < GOOD_STRENGTH:
+    if well_exposed(photo_logits_3, metered):
         return 0.0
     score = candidate_score(logits_K3, strengths, added_clipping)
     if settings.search == "grid":
