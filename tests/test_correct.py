@@ -12,14 +12,19 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
+import torch
 from photo_makers import exif, picture, saved
 from PIL import Image, ImageCms
 from toy_corrector import run_cli, save_toy_corrector, toy_models
 
 from evenlight.cache.errors import EvenlightError, UsageError
 from evenlight.pipeline import correct as command
+from evenlight.pipeline import corrector
 from evenlight.pipeline.correct import correct
 from evenlight.stages.images import decode
+from evenlight.stages.pixels import to_bytes, to_float
+from evenlight.stages.priors import tone
+from evenlight.stages.priors.prompts import Scorer
 
 ICC = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
 
@@ -325,3 +330,14 @@ def test_a_folder_without_photos_is_bad_usage(model, tmp_path, monkeypatch):
     started = time.monotonic()
     assert run_cli(monkeypatch, "correct", tmp_path, "-o", tmp_path / "out", "-m", model) == 2
     assert time.monotonic() - started < 5
+
+
+@pytest.mark.parametrize("sure", [0.05, 0.95])
+def test_a_photo_that_clip_surely_finds_good_stays_as_it_is(sure, model, tmp_path, monkeypatch):
+    logits = torch.log(torch.tensor([[(1 - sure) / 2, sure, (1 - sure) / 2]]))
+    monkeypatch.setattr(Scorer, "logits", lambda self, embeddings: logits)
+    loaded = corrector.load(model)
+    photo = to_bytes(tone.apply("film", to_float(picture(64, 96, 3)), 0.2)).numpy()
+    assert np.array_equal(loaded.correct(photo), photo) == (sure > 0.7)
+    night = to_bytes(tone.apply("film", to_float(picture(64, 96, 3)), -2.0)).numpy()
+    assert not np.array_equal(loaded.correct(night), night)  # the meter contradicts
