@@ -22,11 +22,11 @@ from train_meter import HOLD_OUT, scene_folders, well_exposedness
 
 from evenlight.pipeline.models import Models, load_models
 from evenlight.pipeline.prompts import store_scorer
-from evenlight.stages.corrector.evaluate import best_gamma, samples
+from evenlight.stages.corrector.evaluate import best_gamma, metered, samples
 from evenlight.stages.corrector.inputs import rule_corrected
 from evenlight.stages.images import decode, working
 from evenlight.stages.pixels import resize, to_bytes, to_float
-from evenlight.stages.priors import meter, tone
+from evenlight.stages.priors import tone
 from evenlight.stages.priors.ladder import embed_photo
 from evenlight.stages.priors.prompts import Scorer, zero_shot
 from evenlight.stages.priors.pseudo_gt import choose, re_expose
@@ -83,7 +83,7 @@ def all_methods(scorers: dict[str, Scorer]) -> dict[str, Method]:
         "best gamma, answer in hand": lambda one: best_gamma(one.photo, one.reference),
     }
     methods |= {f"rule, `{family}`": rule(family) for family in FAMILIES}
-    methods["meter, `film`"] = metered
+    methods["meter, `film`"] = lambda one: metered(one.photo, one.reference)
     first = scorers[""]
     methods["`paper`: gamma by CLIP score"] = chosen(
         first, replace(PseudoGTSettings(), regional=False, search="grid"), "gamma"
@@ -106,12 +106,6 @@ def rule(family: str) -> Method:
         return to_bytes(tone.apply(family, rgb, t.view(1, 1, 1, 1))).numpy()
 
     return method
-
-
-def metered(one: Case) -> Photo:
-    rgb = to_float(one.photo)
-    t = meter.strength(rgb, "film")
-    return to_bytes(tone.apply("film", rgb, t.view(1, 1, 1, 1))).numpy()
 
 
 def chosen(scorer: Scorer, settings: PseudoGTSettings, family: str) -> Method:

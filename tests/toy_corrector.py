@@ -25,13 +25,13 @@ def toy_models(settings: Settings) -> Models:
 
 
 def save_toy_corrector(folder: Path, *, segmenter: int = 0) -> Path:
-    """The mean-luma rule with a red tint, as weights of a tiny network.
+    """The meter with a red tint, as weights of a tiny network.
 
     segmenter: seed of the toy it claims to be trained with.
     """
     network = Corrector(SETTINGS.network, ToySegmenter.p3_channels)
     with torch.no_grad():
-        network.brightness.last.weight[0, -11] = 1  # the first statistic is the rule's strength
+        network.brightness.last.weight[0, -11] = 1  # the first statistic is the meter's strength
         network.head.conv.bias[0] = 0.1
     scorer = zero_shot(ToyClip())
     models = Models(ToySegmenter(segmenter), ToyClip())
