@@ -23,8 +23,8 @@ from evenlight.stages.settings import LadderSettings, PseudoGTSettings
 
 MAP_SCALE = 4  # the t map is kept at 1/4 of the photo's side
 # A photo this surely "normal" that the meter would move by less than this stays as it is.  Chosen
-# on BSDS500 train (82 % of 50 good photos stay, 2 and 18 % of them at -1 and +1 EV) against real
-# brackets, which lose 0.3 dB by it; 0.6 and |d| < 1 (method.md) change half of the good photos.
+# on BSDS500 train (84 % of 50 good photos stay, 2 and 20 % of them at -1 and +1 EV) against real
+# brackets, which lose 0.2 dB by it; 0.6 and |d| < 1 (method.md) change half of the good photos.
 GOOD_PROBABILITY = 0.7
 GOOD_STRENGTH = 0.8
 ORDER_MARGIN = 0.05  # luma difference above which two regions must keep their order
