@@ -43,16 +43,17 @@ class LoadedCorrector:
 
     def predict(self, photo_HW3: np.ndarray) -> Maps:
         """Maps at the working size.  photo: uint8 at the priors' size, sides multiples of 8."""
+        family, is_tone = self.settings.network.family, self.settings.network.head == "tone"
+        if is_tone and self.well_exposed(photo_HW3):
+            untouched = torch.zeros_like(to_float(photo_HW3))
+            return fit_maps(untouched, untouched, untouched, family)
         proto, p3 = prior_features(photo_HW3, self.models.segmenter)
         inputs = at_working_size(photo_HW3, proto, p3, self.settings.train.size)
         device = next(self.network.parameters()).device
         with torch.inference_mode():
             strength, residual = (x.cpu() for x in self.network(*(x.to(device) for x in inputs)))
-        family = self.settings.network.family
-        if self.settings.network.head == "tone":  # the paper's head answers for everything itself
+        if is_tone:  # the paper's head answers for brightness itself
             strength = meet_meter(inputs[0], strength, residual, family)
-            if self.well_exposed(photo_HW3):
-                strength, residual = torch.zeros_like(strength), torch.zeros_like(residual)
         return fit_maps(inputs[0], strength, residual, family)
 
     def well_exposed(self, photo_HW3: np.ndarray) -> bool:

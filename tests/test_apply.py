@@ -108,3 +108,10 @@ def test_where_the_network_hardly_corrects_the_meter_hardly_shifts(mean):
     shift = float((apply.meet_meter(rgb, strength, residual, "film") - strength).mean())
     assert 0 <= shift <= apply.MAX_SHIFT * abs(mean) / apply.FULL_SHIFT + 1e-6
     assert (shift > 0) == (mean != 0)
+
+
+def test_a_nearly_black_photo_is_not_pushed_past_the_largest_strength():
+    rgb = to_float(noise_photo(64, 96)) * 0.01
+    strength = torch.full_like(rgb, 1.9)
+    met = apply.meet_meter(rgb, strength, torch.zeros_like(rgb), "film")
+    assert float(met.mean()) > 2 and float(met.max()) <= apply.MAX_STRENGTH + 1e-6

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from evenlight.stages.corrector.network import MAX_STRENGTH
 from evenlight.stages.images import working
 from evenlight.stages.pixels import coefficients, luma
 from evenlight.stages.priors import meter, tone
@@ -67,7 +68,7 @@ def meet_meter(photo_13hw: Tensor, strength: Tensor, residual: Tensor, family: s
         middle = (low + high) / 2
         low, high = (middle, high) if mean_luma(middle) < target else (low, middle)
     trust = min(1.0, abs(float(strength.mean())) / FULL_SHIFT)
-    return strength + trust * (low + high) / 2
+    return (strength + trust * (low + high) / 2).clamp(-MAX_STRENGTH, MAX_STRENGTH)
 
 
 def correct_pixels(
