@@ -129,7 +129,7 @@ class NetworkSettings:
 
     def __post_init__(self) -> None:
         choices = {
-            "size": ("tiny", "small", "base", "paper"),
+            "size": ("tiny", "small", "small-conv", "base", "paper"),
             "head": ("tone", "residual"),
             "attention": ("element", "channel"),
             "frequency": ("real_imag", "amp_phase"),

@@ -172,6 +172,16 @@ def test_sizes_keep_their_budgets_of_parameters():
     assert millions("base") < 6
 
 
+def test_small_conv_is_small_with_convolutions_where_the_scans_were():
+    small, conv = (Corrector(NetworkSettings(size=size), 64) for size in ("small", "small-conv"))
+    scans, none = (
+        [m for m in network.modules() if isinstance(m, SpatialMamba)] for network in (small, conv)
+    )
+    assert scans and not none
+    numbers = [sum(p.numel() for p in network.parameters()) for network in (small, conv)]
+    assert abs(numbers[1] / numbers[0] - 1) < 0.03
+
+
 @pytest.mark.parametrize("name", ["size", "head", "attention", "frequency", "family"])
 def test_an_unknown_choice_is_refused_by_name(name):
     with pytest.raises(UsageError, match=f"network.{name} must be one of .*'odd'"):
