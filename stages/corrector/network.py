@@ -38,7 +38,7 @@ class Size:
 SIZES = {
     "tiny": Size(channels=4, blocks=(1, 1), stem=2, semantic=4, ssm_from=1),  # for tests
     "small": Size(channels=16, blocks=(1, 1, 1, 2), stem=2, semantic=16, ssm_from=1),
-    # "small" with a convolutional RSMB more for each scan: the ablation of the scans, no fewer weights
+    # small with one RSMB of convolutions more in place of each scan: as many weights
     "small-conv": Size(channels=16, blocks=(1, 2, 2, 4), stem=2, semantic=16, ssm_from=4),
     "base": Size(channels=24, blocks=(1, 1, 1, 2), stem=2, semantic=32, ssm_from=1),
     "paper": Size(channels=32, blocks=(1, 1, 1, 2), stem=1, semantic=32, ssm_from=0),
