@@ -5,7 +5,7 @@ import importlib.metadata
 import platform
 import urllib.request
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -94,6 +94,7 @@ def cache_info(
     from evenlight.pipeline.models import load_models
     from evenlight.pipeline.plan import made_by, recorded_plans
     from evenlight.pipeline.prompts import prompts_info
+    from evenlight.pipeline.rounds import chooser, recorded_round
 
     with Store.open(store) as source:
         info = source.info()
@@ -101,8 +102,11 @@ def cache_info(
             return info
         settings = build(config, overrides, base=source.index.settings)
         info["prompts"] = prompts_info(source.path)
+        made = recorded_round(source.path)
+        info["round"] = asdict(made)
         try:
-            makers = made_by(load_models(settings), info["prompts"]["fingerprint"])
+            judge = chooser(info["prompts"]["fingerprint"], made.proposer)
+            makers = made_by(load_models(settings), judge)
         except EnvironmentLacks as error:
             info["stale"] = f"unknown: {error}"
         else:

@@ -130,12 +130,12 @@ class Makers(Protocol):
     def clip(self) -> _Fingerprinted: ...
 
 
-def made_by(models: Makers, prompts: str) -> dict[str, str]:
-    """part -> fingerprint of what makes it."""
+def made_by(models: Makers, chooser: str) -> dict[str, str]:
+    """part -> fingerprint of what makes it.  chooser: of what chooses pseudo-GT (rounds.py)."""
     return {
         "regions": models.segmenter.fingerprint,
         "embeddings": models.clip.fingerprint,
-        "pseudo_gt": prompts,
+        "pseudo_gt": chooser,
     }
 
 

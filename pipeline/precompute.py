@@ -2,11 +2,13 @@
 
 `precompute` lists and digests the photos, compares every unit with what it should be, and
 makes what is missing or stale. `regenerate` does the same for scores and pseudo-GT alone, from
-cached embeddings: no image passes through CLIP or FastSAM.
+cached embeddings: no image passes through CLIP or FastSAM. With a trained corrector it makes a
+round (pipeline/rounds.py); one store holds pseudo-GT of one round only.
 """
 
 import dataclasses
 import functools
+import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -20,6 +22,7 @@ from evenlight.pipeline import config, schedule
 from evenlight.pipeline.models import Models, load_models
 from evenlight.pipeline.plan import UnitPlan, made_by, part_fingerprint, plan_unit
 from evenlight.pipeline.prompts import store_scorer
+from evenlight.pipeline.rounds import chooser, load_proposer, recorded_round, write_round
 from evenlight.pipeline.units import (
     Tools,
     UnitTask,
@@ -30,6 +33,7 @@ from evenlight.pipeline.units import (
 from evenlight.stages.images import PhotoSource, list_photos
 from evenlight.stages.settings import Settings
 
+log = logging.getLogger(__name__)
 Progress = Callable[[str, int, int], None]
 """(what is counted, done, of how many); called from the main thread."""
 
@@ -64,7 +68,8 @@ def precompute(
 
     photos: a photo, a folder (walked recursively) or an HDF5 file of images.  models: loaded by
     the settings when None.  scheduler: address of a Dask cluster; empty runs here, in
-    `run.workers` processes.  Photos that cannot be used are listed in the report.
+    `run.workers` processes.  Photos that cannot be used are listed in the report.  Where anything
+    is to be made in a store of a later round, all its pseudo-GT goes back to round one.
     """
     started = time.monotonic()
     sources = {source.name: source for source in list_photos(photos)}
@@ -81,6 +86,8 @@ def precompute(
         tools = Tools(settings, models, store_scorer(target.path, models.clip))
         target.ensure_arrays([spec for part in PARTS for spec in tools.specs(part)])
         plans = _plans(target, digests, tools)
+        if any(plan.todo for plan in plans) and _back_to_round_one(target):
+            plans = _plans(target, digests, tools)
         todo = [plan for plan in plans if plan.todo]
         report = RunReport(units_kept=len(plans) - len(todo))
         tasks = [UnitTask(target.path, plan, _unit_sources(plan, sources)) for plan in todo]
@@ -99,17 +106,23 @@ def precompute(
     return report
 
 
-def regenerate(store: Path, *, settings: Settings, on_progress: Progress = silent) -> RunReport:
-    """Remake scores and pseudo-GT where prompts or their settings changed, from the cache alone.
+def regenerate(
+    store: Path, *, settings: Settings, model: Path | None = None, on_progress: Progress = silent
+) -> RunReport:
+    """Remake scores and pseudo-GT where what chooses them changed, from the cache alone.
 
-    settings: those of the store, with changes to pseudo_gt settings at most.  Raises StoreError
-    where an earlier part is missing or other settings differ.
+    settings: those of the store, with changes to pseudo_gt settings at most.  model: folder of a
+    training run whose corrector proposes strengths (a round); None goes back to round one.
+    Raises StoreError where an earlier part is missing or other settings differ, UsageError where
+    the corrector cannot propose.
     """
     started = time.monotonic()
     with Store.create_or_open(store) as target:
         _refuse_other_changes(target, settings)
-        tools = Tools(settings, None, store_scorer(target.path, None))
+        proposer = load_proposer(model, target, settings) if model else None
+        tools = Tools(settings, None, store_scorer(target.path, None), proposer)
         plans = [_regenerate_plan(target, unit, tools) for unit in range(target.index.num_units)]
+        write_round(target.path, proposer)  # before the units: a kill leaves stale ones, not mixed
         _write_index(target, target.index, settings, Path(target.index.source))
         todo = [plan for plan in plans if plan.todo]
         report = RunReport(units_kept=len(plans) - len(todo))
@@ -136,9 +149,10 @@ def _write_index(store: Store, index: Index, settings: Settings, source: Path) -
 
 
 def _plans(store: Store, digests: Mapping[str, str], tools: Tools) -> list[UnitPlan]:
-    """The plan of every unit of the store."""
+    """The plan of every unit of the store, in the round that it is in."""
     assert tools.models is not None
-    makers = made_by(tools.models, tools.scorer.fingerprint)
+    proposer = recorded_round(store.path).proposer
+    makers = made_by(tools.models, chooser(tools.scorer.fingerprint, proposer))
     plans = []
     for unit in range(store.index.num_units):
         photos = tuple(
@@ -149,6 +163,23 @@ def _plans(store: Store, digests: Mapping[str, str], tools: Tools) -> list[UnitP
     return plans
 
 
+def _back_to_round_one(store: Store) -> bool:
+    """Forget the corrector that proposed the store's pseudo-GT; whether there was one."""
+    before = recorded_round(store.path)
+    if before.proposer:
+        log.warning(
+            "pseudo-GT of store %s was made in a round with corrector %s: all of it is remade "
+            "without, so that rounds never mix; 'evenlight regenerate -s %s -m %s' makes the round "
+            "again",
+            store.path,
+            before.run,
+            store.path,
+            before.run,
+        )
+        write_round(store.path, None)
+    return bool(before.proposer)
+
+
 def _regenerate_plan(store: Store, unit: int, tools: Tools) -> UnitPlan:
     record = store.record(unit)
     if record is None or "embeddings" not in record.parts:
@@ -157,16 +188,14 @@ def _regenerate_plan(store: Store, unit: int, tools: Tools) -> UnitPlan:
             "complete the store"
         )
     before = record.parts["embeddings"].fingerprint
-    wanted = part_fingerprint(
-        "pseudo_gt", source=[before, tools.scorer.fingerprint], settings=tools.settings
-    )
+    wanted = part_fingerprint("pseudo_gt", source=[before, tools.chooser], settings=tools.settings)
     todo = () if record.holds("pseudo_gt", wanted) else ("pseudo_gt",)
     return UnitPlan(
         unit=unit,
         photos=record.photos,
         fingerprints={"pseudo_gt": wanted},
         todo=todo,
-        reason="prompts or pseudo-GT settings changed" if todo else "complete",
+        reason="prompts, proposer or pseudo-GT settings changed" if todo else "complete",
     )
 
 

@@ -56,7 +56,7 @@ class ToyClip:
         return F.normalize(torch.stack([angle.cos(), angle.sin(), 0 * angle], 1), dim=1)
 
 
-def write_photos(folder, count: int, *, size: int = 64, seed: int = 0) -> None:
+def write_photos(folder, count: int, *, size: int = 64, seed: int = 0, gammas=(0.4, 2.5)) -> None:
     """Small PNG photos of random smooth content at random exposures."""
     from PIL import Image
 
@@ -65,6 +65,6 @@ def write_photos(folder, count: int, *, size: int = 64, seed: int = 0) -> None:
     for number in range(count):
         coarse = torch.from_numpy(rng.random((1, 3, 6, 6), dtype=np.float32))
         smooth = F.interpolate(coarse, (size, size * 3 // 4), mode="bicubic").clamp(0, 1)
-        exposed = smooth ** float(rng.uniform(0.4, 2.5))
+        exposed = smooth ** float(rng.uniform(*gammas))
         pixels = (exposed[0].permute(1, 2, 0) * 255).byte().numpy()
         Image.fromarray(pixels).save(folder / f"photo_{number:03}.png")

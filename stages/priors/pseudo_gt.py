@@ -31,6 +31,7 @@ ORDER_MARGIN = 0.05  # luma difference above which two regions must keep their o
 TRUSTED_GAIN = 0.5  # rise of the score at which a region is trusted fully
 TRUSTED_AREA = 0.05  # area share at which a region is trusted fully
 CONFIDENCE_SCALE = 0.25  # rise of the score that takes confidence from 0.5 to 0.73
+PROPOSAL_GAIN = 0.05  # rise of the score above which a proposal replaces a region's strength
 
 
 class Scorer(Protocol):
@@ -157,12 +158,15 @@ def region_strengths(
     start: float,
     family: str,
     settings: PseudoGTSettings,
+    proposed: np.ndarray | None = None,
 ) -> np.ndarray:
     """Strength of every embedded region (R), order of brightness kept.  masks: bool H,W.
 
     The photo's brightness is the global stage's answer, so the area mean of all moves is taken
     out: regions only say how they differ.  (Crops alone are judged towards mid gray: measured
     0.1 to 0.25 dB better on 30 real brackets.)
+    proposed: how far a trained corrector would move each region from the photo's strength (R).
+    With proposals the regions' score, weighted by area, is never lower than without.
     """
     pixels = [rgb_13HW[..., mask][..., None] for mask in masks]  # 1,3,n,1 each
 
@@ -176,10 +180,50 @@ def region_strengths(
             for r, area in enumerate(areas)
         ]
     )
-    wanted -= ((wanted - start) * areas).sum()
-    wanted = wanted.clip(-settings.max_strength, settings.max_strength)
     before = np.array([luma_after(r, 0.0) for r in range(len(masks))])
-    return keep_order(wanted, start, before, luma_after)
+
+    def settled(moved: np.ndarray) -> np.ndarray:
+        centred = moved - ((moved - start) * areas).sum()
+        bounded = centred.clip(-settings.max_strength, settings.max_strength)
+        return keep_order(bounded, start, before, luma_after)
+
+    fresh = settled(wanted)
+    if proposed is None:
+        return fresh
+    replaced = take_proposals(fresh, start + proposed, logits_RJ3, strengths_J)
+    if np.array_equal(replaced, fresh):
+        return fresh
+    replaced = settled(replaced)
+    rise = scores_at(replaced, logits_RJ3, strengths_J) - scores_at(fresh, logits_RJ3, strengths_J)
+    return replaced if (rise * areas).sum() > 0 else fresh
+
+
+def take_proposals(
+    fresh: np.ndarray, proposed: np.ndarray, logits_RJ3: np.ndarray, strengths_J: np.ndarray
+) -> np.ndarray:
+    """Strengths of regions (R), at most half of them replaced by proposals (method.md 4.4).
+
+    A proposal is taken where the region's score rises by more than PROPOSAL_GAIN, the largest
+    rises first; one beyond the strengths that were embedded cannot be judged and is not taken.
+    """
+    rise = scores_at(proposed, logits_RJ3, strengths_J) - scores_at(fresh, logits_RJ3, strengths_J)
+    rise[(proposed < strengths_J[0]) | (proposed > strengths_J[-1])] = -np.inf
+    largest = np.argsort(-rise, kind="stable")[: len(fresh) // 2]
+    taken = largest[rise[largest] > PROPOSAL_GAIN]
+    replaced = fresh.copy()
+    replaced[taken] = proposed[taken]
+    return replaced
+
+
+def scores_at(chosen: np.ndarray, logits_RJ3: np.ndarray, strengths_J: np.ndarray) -> np.ndarray:
+    """Candidate score of each region (R) at its chosen strength, interpolated on its ladder."""
+    unclipped = np.zeros(len(strengths_J))
+    return np.array(
+        [
+            np.interp(t, strengths_J, candidate_score(logits_J3, strengths_J, unclipped))
+            for t, logits_J3 in zip(chosen, logits_RJ3, strict=True)
+        ]
+    )
 
 
 def paint(shape: Sequence[int], masks: list[Tensor], values: np.ndarray, base: float) -> Tensor:
@@ -197,11 +241,13 @@ def choose(
     scorer: Scorer,
     ladder: LadderSettings,
     settings: PseudoGTSettings,
+    proposed: np.ndarray | None = None,
 ) -> dict[str, np.ndarray]:
     """The pseudo_gt part of one photo, from its cached embeddings.
 
     photo: uint8 H,W,3 sRGB, true extent, H and W multiples of 8.  labels: uint8 H,W.
     cached: the embeddings part of the photo (`ladder.embed_photo`).
+    proposed: a corrector's moves of the embedded regions (`region_strengths`).
     Returns scores (K,3 logits), strength, region_strengths (R), t_map and confidence at 1/4
     size (float16) and pseudo_gt (uint8 H,W,3).
     """
@@ -229,7 +275,7 @@ def choose(
         steps = rule + np.array(ladder.region_offsets)
         logits = _logits(scorer, cached["clip_regions"][:num_regions])
         chosen[:num_regions] = region_strengths(
-            rgb, masks, logits, steps, start, ladder.family, settings
+            rgb, masks, logits, steps, start, ladder.family, settings, proposed
         )
         t_map = _smooth_map(rgb, masks, chosen[:num_regions], start, ladder.family)
         gains = [
