@@ -13,6 +13,8 @@ small, so differences count and not the figures themselves.  The random priors a
 """
 
 import argparse
+import copy
+import dataclasses
 import functools
 import time
 from collections.abc import Callable, Iterable
@@ -23,17 +25,18 @@ from typing import Any
 import cv2
 import numpy as np
 import torch
-from ablate_stores import Recipe, force_tuned_prompts, link_scenes, make_store, random_priors
+from ablate_stores import link_scenes, make_store, overrides_of
 from measure_pseudo_gt import Photo, bootstrap, draw_brackets
+from torch import Tensor
 
 from evenlight.cache.errors import UsageError
-from evenlight.cache.files import read_json, write_json
+from evenlight.cache.files import read_json, sha256_bytes, write_json
 from evenlight.pipeline import config
 from evenlight.pipeline.corrector import load
+from evenlight.pipeline.models import Models
 from evenlight.pipeline.train import train
 from evenlight.stages.corrector.evaluate import measure, metered, samples
 from evenlight.stages.images import decode
-from evenlight.stages.settings import Settings
 
 BASELINE = "full"
 METER = "meter alone"  # the row of no network
@@ -41,16 +44,10 @@ Method = Callable[[Photo], Photo]
 SETS = ("triplets", "brackets")
 FIGURES = ("psnr", "ssim", "gain_psnr")
 BUDGET = (
-    "photo.size=256", "train.size=192", "train.crop=96", "train.batch=8", "train.warmup=15",
-    "train.calibrate=[10, 20]", "train.save_every=1000", "train.validate_every=1000",
+    "train.size=128", "train.crop=64", "train.batch=8", "train.warmup=15",
+    "train.calibrate=[10, 20]",
+    "train.save_every=1000", "train.validate_every=1000",
 )  # fmt: skip
-STORES = {
-    "full": Recipe(),
-    "global": Recipe(copied_from="full", overrides=("pseudo_gt.regional=false",)),
-    "tuned": Recipe(copied_from="full", prepare=force_tuned_prompts),
-    "gamma": Recipe(copied_from="full", overrides=("ladder.family=gamma", "network.family=gamma")),
-    "random": Recipe(),  # its settings name files in the work folder
-}
 
 
 @dataclass(frozen=True)
@@ -70,6 +67,7 @@ VARIANTS = {
     "channel-attention": Variant(overrides=("network.attention=channel",)),
     "convolution": Variant(overrides=("network.size=small-conv",)),
     "random-priors": Variant("random"),
+    "one-round": Variant("round"),
 }
 
 
@@ -97,32 +95,16 @@ def main() -> None:
     torch.set_num_threads(1)
     cv2.setNumThreads(1)
     names = [name for name in VARIANTS if name in {BASELINE, *arguments.only}]
-    photos = link_scenes(arguments.photos, arguments.work / "photos", arguments.limit_scenes)
-    stores = make_stores({VARIANTS[name].store for name in names}, photos, arguments.work)
+    work: Path = arguments.work
+    link_scenes(arguments.photos, work / "photos", arguments.limit_scenes)
     cases = list(read_cases(arguments))
-    measure_once(arguments.work / METER, lambda: lambda photo: metered(photo, photo), cases)
+    measure_once(work / METER, lambda: lambda photo: metered(photo, photo), cases)
     for number, seed in enumerate(arguments.seeds, start=1):
         for name in names:
-            folder = arguments.work / name / str(seed)
-            budget = (*BUDGET, f"train.steps={arguments.steps}", f"train.seed={seed}")
-            overrides = (*stores[VARIANTS[name].store], *budget, *VARIANTS[name].overrides)
-            settings = config.build(overrides=overrides)
-            train_once(arguments.work / "stores" / VARIANTS[name].store, folder, settings)
+            train_once(name, seed, arguments.steps, work)
+            folder = work / name / str(seed)
             measure_once(folder, functools.partial(corrector_of, folder), cases)
-        report(arguments.work, names, arguments.seeds[:number])
-
-
-def make_stores(wanted: set[str], photos: Path, work: Path) -> dict[str, tuple[str, ...]]:
-    """The settings of each store, all of them complete."""
-    recipes = dict(STORES)
-    if "random" in wanted:
-        recipes["random"] = Recipe(overrides=random_priors(photos, work / "random"))
-    wanted = wanted | {recipes[name].copied_from for name in wanted} - {""}
-    chosen = {name: recipe for name, recipe in recipes.items() if name in wanted}
-    for name, recipe in chosen.items():
-        settings = config.build(overrides=(*recipe.overrides, *BUDGET))
-        make_store(name, recipe, photos, work / "stores", settings)
-    return {name: recipe.overrides for name, recipe in chosen.items()}
+        report(work, names, arguments.seeds[:number])
 
 
 def read_cases(arguments: argparse.Namespace) -> Iterable[Case]:
@@ -147,24 +129,51 @@ def read_brackets(root: Path) -> Iterable[Case]:
         yield Case("brackets", scene, side, photo, reference)
 
 
-def train_once(store: Path, folder: Path, settings: Settings) -> None:
-    """Train a corrector, unless the folder has one of the same settings."""
+def train_once(name: str, seed: int, steps: int, work: Path) -> None:
+    """Train WORK/NAME/SEED, unless it is there with the same settings."""
+    variant, folder = VARIANTS[name], work / name / str(seed)
+    budget = (*BUDGET, f"train.steps={steps}", f"train.seed={seed}")
+    overrides = (*overrides_of(variant.store, work), *budget, *variant.overrides)
+    settings = config.build(overrides=overrides)
     if (folder / "corrector.json").exists():
         if (folder / "settings.toml").read_text() != config.to_toml(settings):
             raise UsageError(f"{folder} was trained with other settings: name another --work")
         return
+    store = make_store(variant.store, work)
     began = time.monotonic()
     result = train(store, folder, settings=settings)
-    seconds = time.monotonic() - began
     print(
-        f"{folder.parent.name} {folder.name}: {seconds:.0f} s, {result.seconds_per_step:.2f} a "
-        f"step, {result.best_psnr:.2f} dB to held-out pseudo-GT",
+        f"{name} {seed}: {time.monotonic() - began:.0f} s, {result.seconds_per_step:.2f} a step, "
+        f"{result.best_psnr:.2f} dB to held-out pseudo-GT",
         flush=True,
     )
 
 
+@functools.cache
+def remembering(models: Models) -> Models:
+    """The same models, which answer for a photo that they have seen from memory."""
+    segmenter, clip = copy.copy(models.segmenter), copy.copy(models.clip)
+    segmenter.features = remembered(segmenter.features)
+    clip.embed = remembered(clip.embed)
+    return Models(segmenter, clip)
+
+
+def remembered(ask: Callable[[Tensor], Any]) -> Callable[[Tensor], Any]:
+    answers: dict[str, Any] = {}
+
+    def answer(rgb: Tensor) -> Any:
+        key = sha256_bytes(rgb.numpy().tobytes())
+        if key not in answers:
+            answers[key] = ask(rgb)
+        return answers[key]
+
+    return answer
+
+
 def corrector_of(folder: Path) -> Method:
-    return load(folder).correct
+    """The corrector of a run as it ships, but for priors that are not computed twice."""
+    loaded = load(folder)
+    return dataclasses.replace(loaded, models=remembering(loaded.models)).correct
 
 
 def measure_once(folder: Path, load_method: Callable[[], Method], cases: list[Case]) -> None:

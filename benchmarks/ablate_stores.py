@@ -1,5 +1,6 @@
 """The stores that the ablations are trained from (see ablate.py)."""
 
+import functools
 import json
 import shutil
 from collections.abc import Callable
@@ -17,15 +18,16 @@ from train_meter import HOLD_OUT, scene_folders
 
 from evenlight.cache.errors import UsageError
 from evenlight.cache.store import Store
-from evenlight.pipeline import prompts
+from evenlight.pipeline import config, prompts
 from evenlight.pipeline.models import load_models
-from evenlight.pipeline.precompute import precompute
+from evenlight.pipeline.precompute import precompute, regenerate
 from evenlight.stages.corrector.inputs import rule_corrected
 from evenlight.stages.images import decode
 from evenlight.stages.priors.fastsam import build_network
 from evenlight.stages.priors.prompts import tune
 from evenlight.stages.settings import Settings
 
+PHOTO_SIZE = 256
 NUM_SCENES = 48  # about 400 photos: more than a short run looks at
 CLASS_BRANCH = 80  # channels, as the shipped fastsam-n has
 NUM_CALIBRATING = 16  # photos that give random networks the statistics of their batch norms
@@ -35,12 +37,13 @@ NUM_CALIBRATING = 16  # photos that give random networks the statistics of their
 class Recipe:
     """How a store is made: copied from another, prepared once, then brought up to date.
 
-    overrides: settings that decide it.  prepare: (store, settings) -> None, of a fresh copy.
+    overrides: settings that decide it, {work} for the work folder.  prepare: (work folder, store,
+    settings) -> None, before the store is named complete for the first time.
     """
 
     overrides: tuple[str, ...] = ()
     copied_from: str = ""
-    prepare: Callable[[Path, Settings], None] | None = None
+    prepare: Callable[[Path, Path, Settings], None] | None = None
 
 
 def link_scenes(photos: Path, folder: Path, limit: int | None) -> Path:
@@ -57,22 +60,32 @@ def link_scenes(photos: Path, folder: Path, limit: int | None) -> Path:
     return folder
 
 
-def make_store(name: str, recipe: Recipe, photos: Path, folder: Path, settings: Settings) -> Path:
-    """The store FOLDER/NAME, complete; goes on where an earlier call stopped."""
-    store = folder / name
-    if recipe.copied_from and not store.exists():
-        copy = folder / f"{name}.partial"
-        shutil.rmtree(copy, ignore_errors=True)
-        shutil.copytree(folder / recipe.copied_from, copy)
+def overrides_of(name: str, work: Path) -> tuple[str, ...]:
+    """The settings that decide a store."""
+    own = (text.format(work=work.absolute()) for text in STORES[name].overrides)
+    return (f"photo.size={PHOTO_SIZE}", *own)
+
+
+@functools.cache
+def make_store(name: str, work: Path) -> Path:
+    """The store WORK/stores/NAME, complete; goes on where an earlier call stopped."""
+    recipe, store = STORES[name], work / "stores" / name
+    settings = config.build(overrides=overrides_of(name, work))
+    if not store.exists():
+        fresh = store.with_name(f"{name}.partial")
+        if recipe.copied_from:
+            shutil.rmtree(fresh, ignore_errors=True)
+            shutil.copytree(make_store(recipe.copied_from, work), fresh)
         if recipe.prepare:
-            recipe.prepare(copy, settings)
-        copy.replace(store)
-    report = precompute(photos, store, settings=settings)
+            recipe.prepare(work, fresh, settings)
+        if recipe.copied_from:
+            fresh.replace(store)
+    report = precompute(work / "photos", store, settings=settings)
     print(f"store {name}: {report.photos} photos, {report.seconds:.0f} s", flush=True)
     return store
 
 
-def force_tuned_prompts(store: Path, settings: Settings) -> None:
+def force_tuned_prompts(work: Path, store: Path, settings: Settings) -> None:
     """Tuned prompts in force, though `tune-clip` refuses them.
 
     Its check compares with the untuned words and cannot be set aside by settings, nor should a
@@ -87,30 +100,32 @@ def force_tuned_prompts(store: Path, settings: Settings) -> None:
     print(f"tuned prompts, accepted: {result.accepted}: {result.report}", flush=True)
 
 
-def random_priors(photos: Path, folder: Path) -> tuple[str, ...]:
-    """Settings that name a FastSAM and a CLIP of the shipped architectures, never trained.
+def make_round(work: Path, store: Path, settings: Settings) -> None:
+    """Pseudo-GT of a second round, proposed by the full method's corrector of the first seed."""
+    proposer = sorted((work / "full").glob("*/corrector.json"))[0].parent
+    regenerate(store, settings=settings, model=proposer)
+
+
+def draw_priors(work: Path, store: Path, settings: Settings) -> None:
+    """A FastSAM and a CLIP of the shipped architectures, never trained, where settings name them.
 
     Weights are drawn afresh; only batch norms get statistics from photos.  Without them the
     features of so deep a random network vanish, and the ablation would be one of no priors.
     """
-    segmenter, clip = folder / "fastsam-n.safetensors", folder / "clip-lite0.safetensors"
-    if not clip.exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        files = sorted(photos.glob("*/*"))
-        files = files[:: max(1, len(files) // NUM_CALIBRATING)]
-        seen = [decode(file.read_bytes(), file.name).pixels for file in files]
-        config = json.loads(
-            (resources.files("evenlight.stages.weights") / "clip-lite0.json").read_text()
-        )
-        with torch.random.fork_rng():
-            torch.manual_seed(0)
-            network, model = build_network("n", CLASS_BRANCH), open_clip.CLIP(**config["model_cfg"])
-        fill_statistics(network, as_batch([rule_corrected(x) for x in seen], 256))
-        save_file(network.state_dict(), segmenter)
-        side = config["preprocess_cfg"]["size"]
-        fill_statistics(model.visual, 2 * as_batch(seen, side) - 1)
-        save_file({k: v.contiguous() for k, v in model.state_dict().items()}, clip)
-    return f"regions.segmenter={segmenter.absolute()}", f"clip.weights={clip.absolute()}"
+    segmenter, clip = Path(settings.regions.segmenter), Path(settings.clip.weights)
+    segmenter.parent.mkdir(parents=True, exist_ok=True)
+    files = sorted((work / "photos").glob("*/*"))
+    files = files[:: max(1, len(files) // NUM_CALIBRATING)]
+    seen = [decode(file.read_bytes(), file.name).pixels for file in files]
+    shipped = resources.files("evenlight.stages.weights") / "clip-lite0.json"
+    about = json.loads(shipped.read_text())
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        network, model = build_network("n", CLASS_BRANCH), open_clip.CLIP(**about["model_cfg"])
+    fill_statistics(network, as_batch([rule_corrected(x) for x in seen], PHOTO_SIZE))
+    save_file(network.state_dict(), segmenter)
+    fill_statistics(model.visual, 2 * as_batch(seen, about["preprocess_cfg"]["size"]) - 1)
+    save_file({name: x.contiguous() for name, x in model.state_dict().items()}, clip)
 
 
 def as_batch(photos: list[np.ndarray], side: int) -> Tensor:
@@ -127,3 +142,19 @@ def fill_statistics(network: nn.Module, photos: Tensor) -> None:
             module.momentum = 1.0
     network.train()(photos)
     network.eval()
+
+
+STORES = {
+    "full": Recipe(),
+    "global": Recipe(copied_from="full", overrides=("pseudo_gt.regional=false",)),
+    "tuned": Recipe(copied_from="full", prepare=force_tuned_prompts),
+    "gamma": Recipe(copied_from="full", overrides=("ladder.family=gamma", "network.family=gamma")),
+    "random": Recipe(
+        prepare=draw_priors,
+        overrides=(
+            "regions.segmenter={work}/random/fastsam-n.safetensors",
+            "clip.weights={work}/random/clip-lite0.safetensors",
+        ),
+    ),
+    "round": Recipe(copied_from="full", prepare=make_round),
+}
