@@ -6,7 +6,7 @@
 --photos: a sub-folder of frames per scene; every fifth scene is measured (as in
 measure_pseudo_gt.py), others are trained on without their names.  --triplets: SCENE/under.*,
 ref.*, over.*.  --work: stores, WORK/VARIANT/SEED with a corrector and its figures; what is there
-is not made again.  --limit-scenes: for a trial, no more scenes in training nor in measured sets.
+is not made again, so a killed run goes on.  The table is printed after each seed.  --limit-scenes: for a trial, no more scenes in training nor in measured sets.
 
 A seed decides initial values and draws, the same for all variants.  Runs are short and photos
 small, so differences count and not the figures themselves.  The random priors are one draw.
@@ -138,7 +138,7 @@ def train_once(name: str, seed: int, steps: int, work: Path) -> None:
     overrides = (*overrides_of(variant.store, work), *budget, *variant.overrides)
     settings = config.build(overrides=overrides)
     if (folder / "corrector.json").exists():
-        if (folder / "settings.toml").read_text() != config.to_toml(settings):
+        if config.build(folder / "settings.toml") != settings:
             raise UsageError(f"{folder} was trained with other settings: name another --work")
         return
     store = make_store(variant.store, work)
@@ -154,13 +154,15 @@ def train_once(name: str, seed: int, steps: int, work: Path) -> None:
 @functools.cache
 def remembering(models: Models) -> Models:
     """The same models, which answer for a photo that they have seen from memory."""
-    segmenter, clip = copy.copy(models.segmenter), copy.copy(models.clip)
+    segmenter: Any = copy.copy(models.segmenter)
+    clip: Any = copy.copy(models.clip)
     segmenter.features = remembered(segmenter.features)
     clip.embed = remembered(clip.embed)
     return Models(segmenter, clip)
 
 
 def remembered(ask: Callable[[Tensor], Any]) -> Callable[[Tensor], Any]:
+    """The same function, asked once for each input."""
     answers: dict[str, Any] = {}
 
     def answer(rgb: Tensor) -> Any:
