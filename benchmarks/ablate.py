@@ -5,11 +5,13 @@
 
 --photos: a sub-folder of frames per scene; every fifth scene is measured (as in
 measure_pseudo_gt.py), others are trained on without their names.  --triplets: SCENE/under.*,
-ref.*, over.*.  --work: stores, WORK/VARIANT/SEED with a corrector and its figures; what is there
-is not made again, so a killed run goes on.  The table is printed after each seed.  --limit-scenes: for a trial, no more scenes in training nor in measured sets.
+ref.*, over.*.  --work: stores, and WORK/VARIANT/SEED with a corrector and its figures; what is
+there is not made again, so that a killed run goes on.  The table is printed after every seed.
+--limit-scenes: for a trial, no more scenes in training nor in measured sets.
 
 A seed decides initial values and draws, the same for all variants.  Runs are short and photos
-small, so differences count and not the figures themselves.  The random priors are one draw.
+small, so differences count and not the figures themselves.  The random priors are one draw, and
+one corrector proposes the round: the spread over seeds holds neither.
 """
 
 import argparse
