@@ -1,9 +1,13 @@
-"""Fit the meter (stages/priors/meter.py) on real brackets and print its table.
+"""Fit the meter (stages/priors/meter.py): print the table of its matrix reading, write its tone
+reading.
 
-    python benchmarks/train_meter.py --brackets FOLDER
+    python benchmarks/train_meter.py --brackets FOLDER --good FOLDER [FOLDER ...] --out FILE
 
-FOLDER has one sub-folder of frames per scene.  Every fifth scene is left for
-measure_pseudo_gt.py.  What a bracket says of its scene's brightness is the mean of two answers:
+--brackets: one sub-folder of frames per scene; every fifth scene is left for measure_pseudo_gt.py.
+--good: photos that are exposed as they should be, for the tone reading alone.  --out: the shipped
+stages/weights/meter.safetensors.
+
+What a bracket says of its scene's brightness is the mean of two answers:
 the strength to its well-exposed frames (weighted by mid-tones less lost pixels), and the strength
 to its exposure fusion (Mertens et al. 2007).  Either alone, or one best frame, is noisier: which
 frame happens to exist near the right exposure is chance.
@@ -16,10 +20,12 @@ from pathlib import Path
 
 import cv2
 import numpy as np
+import tone_reading
 import torch
 from numpy.typing import NDArray
+from torch.nn import functional as F
 
-from evenlight.stages.pixels import luma
+from evenlight.stages.pixels import luma, to_float
 from evenlight.stages.priors import meter, tone
 
 Frame = NDArray[np.uint8]
@@ -34,13 +40,19 @@ REACH = 2.5  # frames that the rule moves further are lost
 
 @dataclass(frozen=True)
 class Scene:
+    """The frames that can be corrected.  F: features of the matrix reading."""
+
+    frames: list[Frame]  # TONE_SIDE a side
     features: NDArray[np.float64]  # frames, F
     answers: NDArray[np.float64]  # frames: strength beyond the rule, as the bracket says
+    rule: NDArray[np.float64]  # frames: the rule's strength
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--brackets", type=Path, required=True)
+    parser.add_argument("--good", type=Path, nargs="+", required=True)
+    parser.add_argument("--out", type=Path, required=True)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     folders = [
@@ -59,6 +71,8 @@ def main() -> None:
     for name, weight in zip((*meter.PERCENTILES, *meter.ZONES), weights, strict=True):
         print(f"    {weight:.4f},  # {name}")
     print(")")
+    sets = [tone_examples(scenes), tone_reading.good_examples(arguments.good, seed=0)]
+    tone_reading.write(tone_reading.joined(sets), arguments.out)
 
 
 def scene_folders(root: Path) -> list[Path]:
@@ -74,7 +88,8 @@ def read_frames(folder: Path, side: int = SIDE) -> list[Frame]:
 
 def read_scene(folder: Path) -> Scene | None:
     """None where the bracket lacks a good frame."""
-    frames = read_frames(folder)
+    large = read_frames(folder, meter.TONE_SIDE)
+    frames = [cv2.resize(frame, (SIDE, SIDE), interpolation=cv2.INTER_AREA) for frame in large]
     # the fusion works in BGR and may leave the range
     fusion = cv2.createMergeMertens().process([frame[..., ::-1].copy() for frame in frames])
     fusion = fusion[..., ::-1].clip(0, 1)
@@ -91,10 +106,35 @@ def read_scene(folder: Path) -> Scene | None:
         answers.append((share @ to_frames + closest_strength(frame, fusion)) / 2)
     offsets = np.array(answers) - rule
     kept = (np.abs(rule) < REACH) & (np.abs(offsets) < 2 * meter.MAX_OFFSET)
-    clipped = offsets.clip(-meter.MAX_OFFSET, meter.MAX_OFFSET)
-    return (
-        Scene(meter.features(photos).double().numpy()[kept], clipped[kept]) if kept.any() else None
+    if not kept.any():
+        return None
+    return Scene(
+        frames=[large[index] for index in np.flatnonzero(kept)],
+        features=matrix_features(photos).double().numpy()[kept],
+        answers=offsets.clip(-meter.MAX_OFFSET, meter.MAX_OFFSET)[kept],
+        rule=rule[kept].astype(np.float64),
     )
+
+
+def matrix_features(photos: torch.Tensor) -> torch.Tensor:
+    return meter.matrix_features(F.adaptive_avg_pool2d(photos, meter.SIDE))
+
+
+def tone_examples(scenes: list[Scene]) -> tone_reading.Examples:
+    """The same answers for the tone reading; every scene counts the same."""
+    sets = []
+    for scene in scenes:
+        strengths = scene.rule + scene.answers
+        sets.append(
+            tone_reading.one_set(
+                [meter.tone_features(to_float(frame))[0] for frame in scene.frames],
+                scene.answers.tolist(),
+                (np.abs(strengths) < tone_reading.GOOD_STRENGTH).tolist(),
+                share=1 / len(scenes),
+                bracket=True,
+            )
+        )
+    return tone_reading.joined(sets)
 
 
 def as_photos(rgb_BHW3: NDArray[np.floating]) -> torch.Tensor:

@@ -44,7 +44,8 @@ class LoadedCorrector:
     def predict(self, photo_HW3: np.ndarray) -> Maps:
         """Maps at the working size.  photo: uint8 at the priors' size, sides multiples of 8."""
         family, is_tone = self.settings.network.family, self.settings.network.head == "tone"
-        if is_tone and self.well_exposed(photo_HW3):
+        reading = meter.read(to_float(photo_HW3), family)
+        if is_tone and self.well_exposed(photo_HW3, reading):
             untouched = torch.zeros_like(to_float(photo_HW3))
             return fit_maps(untouched, untouched, untouched, family)
         proto, p3 = prior_features(photo_HW3, self.models.segmenter)
@@ -53,17 +54,18 @@ class LoadedCorrector:
         with torch.inference_mode():
             strength, residual = (x.cpu() for x in self.network(*(x.to(device) for x in inputs)))
         if is_tone:  # the paper's head answers for brightness itself
-            strength = meet_meter(inputs[0], strength, residual, family)
+            target = float(reading.target[0])
+            strength = meet_meter(inputs[0], strength, residual, family, target)
         return fit_maps(inputs[0], strength, residual, family)
 
-    def well_exposed(self, photo_HW3: np.ndarray) -> bool:
+    def well_exposed(self, photo_HW3: np.ndarray, reading: meter.Reading) -> bool:
         """Whether CLIP and the meter find that the photo (uint8) should stay as it is."""
         rgb = to_float(photo_HW3)
         clip = self.models.clip
         with torch.inference_mode():
             logits = self.scorer.logits(clip.embed(resize(rgb, clip.size, clip.size)))[0]
-        metered = float(meter.strength(rgb, self.settings.ladder.family)[0])
-        return well_exposed(logits.cpu().double().numpy(), metered)
+        log_odds, metered = float(reading.log_odds[0]), float(reading.strength[0])
+        return well_exposed(logits.cpu().double().numpy(), log_odds, metered)
 
     def pseudo_gt(self, pixels_HW3: np.ndarray) -> dict[str, np.ndarray]:
         """The pseudo_gt part, and regions, of a photo that is in no store, at the priors' size."""

@@ -24,7 +24,7 @@ from evenlight.stages.corrector.checkpoint import load_corrector
 from evenlight.stages.corrector.inputs import at_working_size
 from evenlight.stages.corrector.network import Corrector, correct
 from evenlight.stages.pixels import luma, resize, to_float
-from evenlight.stages.priors import tone
+from evenlight.stages.priors import meter, tone
 from evenlight.stages.settings import Settings
 
 PROPOSER_READS = ("proto", "p3")  # besides what choosing pseudo-GT reads anyway
@@ -122,8 +122,8 @@ def load_proposer(folder: Path, store: Store, settings: Settings) -> Proposer:
 
 
 def chooser(prompts: str, proposer: str = "") -> str:
-    """Fingerprint of what chooses pseudo-GT: the prompts, and the proposer of the round if any."""
-    return fingerprint(prompts=prompts, proposer=proposer) if proposer else prompts
+    """Fingerprint of what chooses pseudo-GT: the meter, the prompts, the proposer of the round."""
+    return fingerprint(meter=meter.fingerprint(), prompts=prompts, proposer=proposer)
 
 
 def recorded_round(store: Path) -> Round:

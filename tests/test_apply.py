@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from evenlight.stages.corrector import apply
 from evenlight.stages.images import working
 from evenlight.stages.pixels import luma, to_float
-from evenlight.stages.priors import meter, tone
+from evenlight.stages.priors import tone
 
 
 def noise_photo(height: int, width: int, dtype=np.uint8, seed: int = 0) -> np.ndarray:
@@ -94,18 +94,18 @@ def test_the_output_meets_the_meter_where_the_network_corrects():
     rgb = to_float(noise_photo(64, 96)) * 0.3
     strength, residual = torch.full_like(rgb, 0.6), torch.zeros_like(rgb)
     strength[..., :48] += 0.2
-    met = apply.meet_meter(rgb, strength, residual, "film")
+    met = apply.meet_meter(rgb, strength, residual, "film", target=0.45)
     shift = met - strength
     assert float(shift.max() - shift.min()) < 1e-5  # as a whole: space stays the network's
     output = tone.apply("film", rgb, met)
-    assert abs(float(luma(output).mean() - meter.target_luma(rgb)[0])) < 0.005
+    assert abs(float(luma(output).mean()) - 0.45) < 0.005
 
 
 @pytest.mark.parametrize("mean", [0.0, 0.05, -0.2])
 def test_where_the_network_hardly_corrects_the_meter_hardly_shifts(mean):
     rgb = to_float(noise_photo(64, 96)) * 0.3
     strength, residual = torch.full_like(rgb, mean), torch.zeros_like(rgb)
-    shift = float((apply.meet_meter(rgb, strength, residual, "film") - strength).mean())
+    shift = float((apply.meet_meter(rgb, strength, residual, "film", 0.45) - strength).mean())
     assert 0 <= shift <= apply.MAX_SHIFT * abs(mean) / apply.FULL_SHIFT + 1e-6
     assert (shift > 0) == (mean != 0)
 
@@ -113,5 +113,5 @@ def test_where_the_network_hardly_corrects_the_meter_hardly_shifts(mean):
 def test_a_nearly_black_photo_is_not_pushed_past_the_largest_strength():
     rgb = to_float(noise_photo(64, 96)) * 0.01
     strength = torch.full_like(rgb, 1.9)
-    met = apply.meet_meter(rgb, strength, torch.zeros_like(rgb), "film")
+    met = apply.meet_meter(rgb, strength, torch.zeros_like(rgb), "film", target=0.45)
     assert float(met.mean()) > 2 and float(met.max()) <= apply.MAX_STRENGTH + 1e-6

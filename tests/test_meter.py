@@ -1,10 +1,11 @@
-"""The meter reads the scene and not the exposure of the photo."""
+"""The meter reads the scene and not the exposure of the photo, and knows a good photo by its tones."""
 
 import pytest
 import torch
+from skimage import data
 from torch.nn import functional as F
 
-from evenlight.stages.pixels import luma
+from evenlight.stages.pixels import luma, to_float
 from evenlight.stages.priors import meter, tone
 
 
@@ -13,29 +14,56 @@ def scene(seed: int) -> torch.Tensor:
     return F.interpolate(coarse, (128, 192), mode="bicubic").clamp(0.05, 0.95)
 
 
+def target(photo: torch.Tensor) -> torch.Tensor:
+    return meter.read(photo, "film").target
+
+
 @pytest.mark.parametrize("seed", range(4))
 @pytest.mark.parametrize("exposure", [-1.0, 0.7])
 def test_a_scene_wants_the_same_brightness_however_it_was_exposed(seed, exposure):
     photo = scene(seed)
     moved = tone.apply("film", photo, exposure)
-    assert abs(float(meter.target_luma(photo) - meter.target_luma(moved))) < 0.005
+    matrix = [meter.matrix_strength(x, "film") for x in (photo, moved)]
+    assert abs(float(matrix[0] - matrix[1]) - exposure) < 0.02
+    assert abs(float(target(photo) - target(moved))) < 0.1  # the tone reading sees the error too
 
 
 @pytest.mark.parametrize("family", ["film", "ps", "ev", "gamma"])
 def test_the_strength_brings_the_photo_to_its_target_in_every_tone_family(family):
     photo = tone.apply("film", scene(1), -0.8)
-    reached = tone.apply(family, photo, meter.strength(photo, family).view(1, 1, 1, 1))
-    assert abs(float(luma(reached).mean() - meter.target_luma(photo)[0])) < 0.01
+    reading = meter.read(photo, family)
+    reached = tone.apply(family, photo, reading.strength.view(1, 1, 1, 1))
+    assert abs(float(luma(reached).mean() - reading.target[0])) < 0.01
 
 
 @pytest.mark.parametrize("value", [0.0, 0.02, 0.5, 0.99, 1.0])
 def test_photos_of_one_tone_get_a_finite_target_in_the_middle(value):
-    target = meter.target_luma(torch.full((2, 3, 40, 30), value))
-    assert target.shape == (2,)
-    assert bool(((target >= 0) & (target <= 1)).all())
+    reading = meter.read(torch.full((2, 3, 40, 30), value), "film")
+    assert reading.target.shape == reading.strength.shape == reading.log_odds.shape == (2,)
+    assert bool(((reading.target >= 0) & (reading.target <= 1)).all())
+    assert bool(reading.log_odds.isfinite().all())
 
 
 def test_scenes_want_different_brightness():
-    targets = torch.cat([meter.target_luma(scene(seed)) for seed in range(8)])
+    targets = torch.cat([target(scene(seed)) for seed in range(8)])
     assert float(targets.max() - targets.min()) > 0.01
-    assert bool(((targets > 0.3) & (targets < 0.65)).all())
+    assert bool(((targets > 0.25) & (targets < 0.65)).all())
+
+
+@pytest.mark.parametrize("name", ["astronaut", "coffee", "chelsea"])
+@pytest.mark.parametrize("ev", [-2.0, 2.0])
+def test_a_good_photo_is_likelier_to_be_good_than_its_badly_exposed_copies(name, ev):
+    photo = to_float(getattr(data, name)())
+    copy = tone.apply("ev", photo, ev / tone.EV_PER_STRENGTH)
+    good, bad = (float(meter.read(x, "film").log_odds[0]) for x in (photo, copy))
+    assert good > bad + 1
+    assert bad < -1
+
+
+def test_photos_are_read_alike_alone_and_in_a_batch():
+    photos = torch.cat([scene(1), scene(2)])
+    both = meter.read(photos, "film")
+    alone = [meter.read(photo[None], "film") for photo in photos]
+    for name in ("target", "strength", "log_odds"):
+        one_by_one = torch.cat([getattr(reading, name) for reading in alone])
+        torch.testing.assert_close(getattr(both, name), one_by_one, atol=1e-4, rtol=1e-4)

@@ -20,7 +20,11 @@ IMPORTERS = {
     "ultralytics": {"stages/priors/fastsam.py"},
     "open_clip": {"stages/priors/clip.py"},
     "mamba_ssm": {"stages/corrector/scan.py"},
-    "safetensors": {"stages/corrector/checkpoint.py", "stages/priors/fastsam_weights.py"},
+    "safetensors": {
+        "stages/corrector/checkpoint.py",
+        "stages/priors/fastsam_weights.py",
+        "stages/priors/meter.py",
+    },
     "torchmetrics": {"stages/corrector/evaluate.py"},
     "skimage": {"stages/corrector/evaluate.py"},
     "distributed": {"pipeline/schedule.py"},

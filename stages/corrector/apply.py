@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from evenlight.stages.corrector.network import MAX_STRENGTH
 from evenlight.stages.images import working
 from evenlight.stages.pixels import coefficients, luma
-from evenlight.stages.priors import meter, tone
+from evenlight.stages.priors import tone
 
 STRIP_PIXELS = 2**20
 GUIDE_RADIUS = 4  # working-size pixels
@@ -49,15 +49,18 @@ def fit_maps(photo_13hw: Tensor, strength: Tensor, residual: Tensor, family: str
     return Maps(a=a, b=b, family=family)
 
 
-def meet_meter(photo_13hw: Tensor, strength: Tensor, residual: Tensor, family: str) -> Tensor:
+def meet_meter(
+    photo_13hw: Tensor, strength: Tensor, residual: Tensor, family: str, target: float
+) -> Tensor:
     """The strength map shifted as a whole, so that the output has the mean luma the meter asks for.
+
+    target: that mean luma (`meter.Reading.target`).
 
     The network answers for space and colour, the meter for brightness: trained on both in one loss
     it falls behind the meter (23.05 for 23.19 dB on 30 real triplets, 20.19 for 20.99 on brackets;
     shifted 23.28 and 20.93).  Where the network hardly corrects, its word counts: the shift grows
     with the mean strength, in full from FULL_SHIFT on.
     """
-    target = float(meter.target_luma(photo_13hw))
 
     def mean_luma(shift: float) -> float:
         output = tone.apply(family, photo_13hw, strength + shift) + residual

@@ -134,7 +134,7 @@ def identity(photo: np.ndarray, reference: np.ndarray) -> np.ndarray:
 def metered(photo: np.ndarray, reference: np.ndarray) -> np.ndarray:
     """Mean luma to what the meter asks for, by the film curve: no network, no reference."""
     rgb = to_float(photo)
-    t = meter.strength(rgb, "film")
+    t = meter.read(rgb, "film").strength
     return to_bytes(tone.apply("film", rgb, t.view(1, 1, 1, 1))).numpy()
 
 

@@ -219,7 +219,7 @@ def photo_statistics(photo_B3HW: Tensor, family: str) -> Tensor:
     Returns float32 B,NUM_STATISTICS.
     """
     small = F.adaptive_avg_pool2d(photo_B3HW.float(), SMALL_SIDE)
-    metered = meter.strength(small, family) / MAX_STRENGTH
+    metered = meter.matrix_strength(small, family) / MAX_STRENGTH
     luma_BL = luma(small).flatten(1)
     mean_B = luma_BL.mean(1)
     levels_BQ = luma_BL.quantile(luma_BL.new_tensor(QUANTILES), dim=1).T

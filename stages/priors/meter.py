@@ -1,84 +1,176 @@
-"""The meter: the mean luma that a scene wants, where the mean-luma rule wants 119/255 of all.
+"""The meter: the mean luma that a scene wants, and whether a photo is good as it is.
 
-A linear model of the tones of the photo after the rule (so that it reads the scene, not the
-error of its exposure), learned from real brackets by benchmarks/train_meter.py: 13 quantiles of
-luma and the mean luma of three zones, as a camera's matrix metering reads them.
+Two readings that err differently are averaged. The matrix reading is linear in the tones after the
+mean-luma rule (so that it reads the scene, not the error of its exposure) and in the mean luma of
+three zones, as a camera's matrix metering. The tone reading is a small perceptron that also sees
+the ends of the photo's own histogram, where an exposure error leaves its traces; it alone says how
+likely the photo is good. Both are learned by benchmarks/train_meter.py: the matrix reading from
+real brackets, the tone reading from good photos too.
 """
 
-# B batch, F features
+# B batch, Q quantiles, F features, N networks of the ensemble, H hidden units
+
+import functools
+from importlib.resources import files
+from pathlib import Path
+from typing import NamedTuple
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn import functional as F
 
+from evenlight.cache.files import sha256_file
 from evenlight.stages.pixels import luma
 from evenlight.stages.priors import tone
 
 FAMILY = "film"
-SIDE = 64  # pixels of the square copy that it reads
+MAX_OFFSET = 0.6  # beyond the rule's strength, of what the matrix reading was learned from
+
+SIDE = 64  # pixels of the square copy that the matrix reading sees
 PERCENTILES = (1, 5, 10, 20, 30, 40, 50, 60, 70, 80, 90, 95, 99)
 ZONES = ("centre", "top", "bottom")
-MAX_OFFSET = 0.6  # of what it was learned from
 # Sets differ in which frame of a bracket they call best, and full trust fits one of them: at 1 the
 # brackets of SICE gain .6 to .9 dB by the answers fitted to but lose .8 dB by their middle frames.
 TRUST = 0.6
 # benchmarks/train_meter.py on 139 scenes of SICE; on scenes not fitted on it leaves .121 of .163
 # (root mean square of the strength beyond the rule that brackets ask for).
-BIAS = 0.6630
+BIAS = 0.6744
 WEIGHTS = (
-    0.0922,  # 1
-    0.1045,  # 5
-    0.1230,  # 10
-    0.1890,  # 20
-    0.0520,  # 30
-    0.1552,  # 40
-    -0.2075,  # 50
-    -1.0025,  # 60
-    0.0862,  # 70
-    0.0867,  # 80
-    0.1494,  # 90
-    0.0357,  # 95
-    -0.2098,  # 99
-    -0.6109,  # centre
-    -0.0070,  # top
-    0.1194,  # bottom
+    0.0896,  # 1
+    0.0978,  # 5
+    0.1126,  # 10
+    0.1863,  # 20
+    0.0531,  # 30
+    0.1586,  # 40
+    -0.2118,  # 50
+    -0.9997,  # 60
+    0.0875,  # 70
+    0.0829,  # 80
+    0.1435,  # 90
+    0.0341,  # 95
+    -0.2040,  # 99
+    -0.6198,  # centre
+    -0.0086,  # top
+    0.1175,  # bottom
 )
 
-
-def features(rgb_B3HW: Tensor) -> Tensor:
-    """Quantiles of luma and means of the zones, after the mean-luma rule.
-
-    rgb_B3HW: float in [0, 1].  Returns float32 B,F in [0, 1]: PERCENTILES, then ZONES (a round
-    centre with soft edges, the upper third, the lower third).
-    """
-    small = F.adaptive_avg_pool2d(rgb_B3HW.float(), SIDE)
-    rule = tone.rule_strength(small, FAMILY)
-    luma_BHW = luma(tone.apply(FAMILY, small, rule[:, None, None, None]))[:, 0]
-    levels = torch.tensor(PERCENTILES, device=small.device) / 100
-    quantiles = luma_BHW.flatten(1).quantile(levels, dim=1).T
-    axis = torch.linspace(-1, 1, SIDE, device=small.device)
-    centre = torch.exp(-2 * (axis[:, None] ** 2 + axis[None] ** 2))
-    zones = [
-        (luma_BHW * centre).sum((1, 2)) / centre.sum(),
-        luma_BHW[:, : SIDE // 3].mean((1, 2)),
-        luma_BHW[:, -(SIDE // 3) :].mean((1, 2)),
-    ]
-    return torch.cat([quantiles, torch.stack(zones, 1)], 1)
+TONE_SIDE = 256  # pixels of the square copy that the tone reading sees
+TONE_SHARE = 0.6  # of the tone reading in the mean of the two
+TONE_PERCENTILES = (
+    0.1, 0.5, 1, 2, 5, 10, 15, 20, 25, 30, 35, 40, 45, 50,
+    55, 60, 65, 70, 75, 80, 85, 90, 95, 98, 99, 99.5, 99.9,
+)  # fmt: skip
+# Bins of luma, of 255, that get wider away from black and white.
+BIN_EDGES = (1.5, 3.5, 7.5, 15.5, 31.5, 63.5, 127.5, 191.5, 223.5, 239.5, 247.5, 251.5, 253.5)
+OUTPUT_SCALE = 0.3  # strength per unit that a network answers
+SHIPPED = Path(str(files("evenlight.stages.weights") / "meter.safetensors"))
 
 
-def target_luma(rgb_B3HW: Tensor) -> Tensor:
-    """Mean luma that the scene wants: 119/255 for an average one.  rgb float in [0, 1]; returns B.
+class Reading(NamedTuple):
+    """What the meter says of B photos, float32 B each."""
+
+    target: Tensor  # mean luma that each scene wants, in [0, 1]: 119/255 for an average one
+    strength: Tensor  # at which each photo reaches it
+    log_odds: Tensor  # that each photo is good as it is
+
+
+def read(rgb_B3HW: Tensor, family: str) -> Reading:
+    """What the meter says of photos, float RGB in [0, 1].  family: of the strength.
 
     What was learned is a film strength beyond the rule; as a mean luma it serves every tone family.
     """
     small = F.adaptive_avg_pool2d(rgb_B3HW.float(), SIDE)
-    weights = torch.tensor(WEIGHTS, device=small.device)
-    learned = (BIAS + features(small) @ weights).clamp(-MAX_OFFSET, MAX_OFFSET)
-    strength = tone.rule_strength(small, FAMILY) + TRUST * learned
-    return luma(tone.apply(FAMILY, small, strength[:, None, None, None])).mean((1, 2, 3))
+    beyond_B, log_odds_B = _tone_reading(tone_features(rgb_B3HW))
+    offset_B = TONE_SHARE * beyond_B + (1 - TONE_SHARE) * _matrix_reading(small)
+    target_B = _mean_luma(small, offset_B)
+    return Reading(target_B, tone.rule_strength(small, family, target_B), log_odds_B)
 
 
-def strength(rgb_B3HW: Tensor, family: str) -> Tensor:
-    """Strength at which the photo reaches its target mean luma.  Returns float32 B."""
+def matrix_strength(rgb_B3HW: Tensor, family: str) -> Tensor:
+    """The strength by the matrix reading alone, for which a 32-pixel copy serves.  float32 B."""
     small = F.adaptive_avg_pool2d(rgb_B3HW.float(), SIDE)
-    return tone.rule_strength(small, family, target_luma(small))
+    return tone.rule_strength(small, family, _mean_luma(small, _matrix_reading(small)))
+
+
+@functools.cache
+def fingerprint() -> str:
+    """Of the weights that ship."""
+    return sha256_file(SHIPPED)
+
+
+def matrix_features(small_B3SS: Tensor) -> Tensor:
+    """Quantiles of luma and means of the zones, after the mean-luma rule.
+
+    small: float in [0, 1], SIDE pixels a side.  Returns float32 B,F in [0, 1]: PERCENTILES, then
+    ZONES (a round centre with soft edges, the upper third, the lower third).
+    """
+    rule = tone.rule_strength(small_B3SS, FAMILY)
+    luma_BSS = luma(tone.apply(FAMILY, small_B3SS, rule[:, None, None, None]))[:, 0]
+    axis = torch.linspace(-1, 1, SIDE, device=small_B3SS.device)
+    centre = torch.exp(-2 * (axis[:, None] ** 2 + axis[None] ** 2))
+    zones = [
+        (luma_BSS * centre).sum((1, 2)) / centre.sum(),
+        luma_BSS[:, : SIDE // 3].mean((1, 2)),
+        luma_BSS[:, -(SIDE // 3) :].mean((1, 2)),
+    ]
+    return torch.cat([_quantiles(luma_BSS, PERCENTILES), torch.stack(zones, 1)], 1)
+
+
+def tone_features(rgb_B3HW: Tensor) -> Tensor:
+    """What the tone reading sees: the matrix features, and the photo's own tones as they are.
+
+    Returns float32 B,F: matrix features; quantiles of luma, of the largest and of the smallest
+    channel; square roots of the shares of luma in bins; mean saturation, mean and spread of luma,
+    half the rule's strength.
+    """
+    small = F.adaptive_avg_pool2d(rgb_B3HW.float(), SIDE)
+    photo = F.adaptive_avg_pool2d(rgb_B3HW.float(), TONE_SIDE)
+    luma_BSS, largest, smallest = luma(photo)[:, 0], photo.amax(1), photo.amin(1)
+    edges = torch.tensor(BIN_EDGES, device=photo.device) / 255
+    bins = torch.bucketize(luma_BSS.flatten(1).contiguous(), edges)
+    shares = F.one_hot(bins, len(BIN_EDGES) + 1).float().mean(1)
+    scalars = [
+        (largest - smallest).mean((1, 2)),
+        luma_BSS.mean((1, 2)),
+        luma_BSS.flatten(1).std(1),
+        tone.rule_strength(small, FAMILY) / 2,
+    ]
+    quantiles = [_quantiles(plane, TONE_PERCENTILES) for plane in (luma_BSS, largest, smallest)]
+    return torch.cat(
+        [matrix_features(small), *quantiles, shares.sqrt(), torch.stack(scalars, 1)], 1
+    )
+
+
+def _matrix_reading(small_B3SS: Tensor) -> Tensor:
+    """Film strength beyond the rule, B."""
+    weights = torch.tensor(WEIGHTS, device=small_B3SS.device)
+    learned = BIAS + matrix_features(small_B3SS) @ weights
+    return TRUST * learned.clamp(-MAX_OFFSET, MAX_OFFSET)
+
+
+def _tone_reading(features_BF: Tensor) -> tuple[Tensor, Tensor]:
+    """Film strength beyond the rule and log-odds of being good, B each: means of the ensemble."""
+    w = {name: tensor.to(features_BF.device) for name, tensor in _networks().items()}
+    x_BF = ((features_BF - w["mean"]) / w["scale"]).clamp(-5, 5)
+    hidden_NBH = F.gelu(x_BF @ w["hidden.weight"].mT + w["hidden.bias"][:, None])
+    answers_NB2 = hidden_NBH @ w["last.weight"].mT + w["last.bias"][:, None]
+    answer_B2 = answers_NB2.mean(0)
+    return OUTPUT_SCALE * answer_B2[:, 0], answer_B2[:, 1]
+
+
+@functools.cache
+def _networks() -> dict[str, Tensor]:
+    """mean, scale F; hidden.weight N,H,F; hidden.bias N,H; last.weight N,2,H; last.bias N,2."""
+    return load_file(SHIPPED)
+
+
+def _mean_luma(small_B3SS: Tensor, offset_B: Tensor) -> Tensor:
+    """Mean luma of photos re-exposed by so much beyond the rule."""
+    t_B = tone.rule_strength(small_B3SS, FAMILY) + offset_B
+    return luma(tone.apply(FAMILY, small_B3SS, t_B[:, None, None, None])).mean((1, 2, 3))
+
+
+def _quantiles(plane_BSS: Tensor, percentiles: tuple[float, ...]) -> Tensor:
+    levels = torch.tensor(percentiles, device=plane_BSS.device) / 100
+    return plane_BSS.flatten(1).quantile(levels, dim=1).T

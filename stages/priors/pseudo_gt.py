@@ -1,10 +1,10 @@
 """Pseudo-ground-truth from cached embeddings: one strength per photo, then per region.
 
-CLIP says whether a photo needs correcting at all.  The strength is a mix of what the meter asks for
-and of where the exposure coordinate d = logit_over - logit_under crosses zero on the tone ladder
-(method.md 4.2); the highest "well-exposed" probability stops too early and only breaks ties
-(4.5).  Regions then move towards their own strength as far as the scores vouch for
-it and the order of brightness allows (4.3). No image passes through a network here.
+The meter and CLIP say together whether a photo needs correcting at all.  The strength is a mix of
+what the meter asks for and of where the exposure coordinate d = logit_over - logit_under crosses
+zero on the tone ladder (method.md 4.2); the highest "well-exposed" probability stops too early and
+only breaks ties (4.5).  Regions then move towards their own strength as far as the scores vouch for
+it and the order of brightness allows (4.3). No image passes through a network of the priors here.
 """
 
 # K ladder strengths, R regions, J region strengths, D embedding, H W pixels
@@ -22,11 +22,11 @@ from evenlight.stages.priors.ladder import CLIPPED_HIGH, CLIPPED_LOW
 from evenlight.stages.settings import LadderSettings, PseudoGTSettings
 
 MAP_SCALE = 4  # the t map is kept at 1/4 of the photo's side
-# A photo this surely "normal" that the meter would move by less than this stays as it is.  Chosen
-# on BSDS500 train (84 % of 50 good photos stay, 2 and 20 % of them at -1 and +1 EV) against real
-# brackets, which lose 0.2 dB by it; 0.6 and |d| < 1 (method.md) change half of the good photos.
-GOOD_PROBABILITY = 0.7
-GOOD_STRENGTH = 0.8
+# How much the judges' log-odds that a photo is good count, and by how much strength the meter errs
+# on good photos (standard deviation).
+CLIP_SHARE = 0.5
+METER_ERROR = 0.35
+MOST_SURE = 9.0  # log-odds beyond which CLIP counts no more
 ORDER_MARGIN = 0.05  # luma difference above which two regions must keep their order
 TRUSTED_GAIN = 0.5  # rise of the score at which a region is trusted fully
 TRUSTED_AREA = 0.05  # area share at which a region is trusted fully
@@ -73,11 +73,16 @@ def candidate_score(
     return log_p - 0.05 * strengths**2 - 2 * np.maximum(0, added_clipping)
 
 
-def well_exposed(photo_logits_3: np.ndarray, metered: float) -> bool:
-    """Whether a photo should stay as it is: surely "normal", and near what the meter asks for."""
-    probability = np.exp(photo_logits_3 - photo_logits_3.max())
-    normal = probability[1] / probability.sum() >= GOOD_PROBABILITY
-    return bool(normal and abs(metered) < GOOD_STRENGTH)
+def well_exposed(photo_logits_3: np.ndarray, meter_log_odds: float, metered: float) -> bool:
+    """Whether a photo should stay as it is: the evidence of meter, CLIP and strength together.
+
+    photo_logits: of the photo as it is.  meter_log_odds: that it is good, by its tones.  metered:
+    strength that the meter asks for; of a good photo it would be about 0.
+    """
+    under, normal, over = photo_logits_3
+    clip_log_odds = float(np.clip(normal - np.logaddexp(under, over), -MOST_SURE, MOST_SURE))
+    evidence = meter_log_odds + CLIP_SHARE * clip_log_odds - (metered / METER_ERROR) ** 2 / 2
+    return bool(evidence > 0)
 
 
 def global_strength(
@@ -85,14 +90,15 @@ def global_strength(
     photo_logits_3: np.ndarray,
     strengths: np.ndarray,
     added_clipping: np.ndarray,
+    meter_log_odds: float,
     metered: float,
     settings: PseudoGTSettings,
 ) -> float:
     """The photo's one strength; 0 for a photo that is well exposed already.
 
-    metered: strength that the meter asks for.
+    meter_log_odds: that it is.  metered: strength that the meter asks for.
     """
-    if well_exposed(photo_logits_3, metered):
+    if well_exposed(photo_logits_3, meter_log_odds, metered):
         return 0.0
     score = candidate_score(logits_K3, strengths, added_clipping)
     if settings.search == "grid":
@@ -257,8 +263,9 @@ def choose(
     photo_logits = _logits(scorer, cached["clip_photo"][None])[0]
     added = cached["ladder_clipped"] - cached["clipped"]
     rgb = to_float(photo_HW3)
-    metered = float(meter.strength(rgb, ladder.family)[0])
-    start = global_strength(scores, photo_logits, strengths, added, metered, settings)
+    reading = meter.read(rgb, ladder.family)
+    log_odds, metered = float(reading.log_odds[0]), float(reading.strength[0])
+    start = global_strength(scores, photo_logits, strengths, added, log_odds, metered, settings)
 
     num_regions = int((cached["region_labels"] > 0).sum())
     chosen = np.full(len(cached["region_labels"]), start, np.float32)
