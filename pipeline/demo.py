@@ -141,8 +141,7 @@ def _examples(out: Path, loaded: corrector.LoadedCorrector) -> list[Example]:
 
 def main(arguments: Sequence[str]) -> None:
     result = demo(Path(arguments[0]), overrides=arguments[1:])
-    for row in result.evaluation.rows:
-        print(f"{row.method:40} {row.side:6} {row.psnr:6.2f} dB  SSIM {row.ssim:.3f}")
+    print(result.evaluation.to_text())
     print(f"{result.corrected} photos corrected; look at {result.report}")
 
 

@@ -1,11 +1,11 @@
-"""Evaluate models and baselines on sets of photos with references: one table, protocol printed."""
+"""Evaluate models and baselines on sets of photos: one table, protocol printed."""
 
 import csv
 import io
 import itertools
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -20,6 +20,7 @@ from evenlight.pipeline.corrector import LoadedCorrector, load
 from evenlight.pipeline.precompute import Progress, silent
 from evenlight.stages.corrector.evaluate import (
     BASELINES,
+    ORACLES,
     PROTOCOL,
     Figures,
     Method,
@@ -32,24 +33,41 @@ from evenlight.stages.images import decode
 from evenlight.stages.priors.pseudo_gt import re_expose
 
 SIDES = ("under", "over", "all")
-COLUMNS = "  side  photos   PSNR   SSIM  CIEDE2000  PSNR/gain  change  tint  agreement"
+COLUMNS = {  # figure of a row: heading, decimals
+    "psnr": ("PSNR", 2),
+    "ssim": ("SSIM", 3),
+    "colour": ("CIEDE2000", 2),
+    "gain_psnr": ("PSNR/gain", 2),
+    "change": ("change", 2),
+    "tint": ("tint", 2),
+    "luma": ("luma", 1),
+    "lost": ("lost", 2),
+    "agreement": ("agreement", 2),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """Means of one method over one side of one set."""
+    """Means of one method over one side of one set; None where no photo has the figure."""
 
     data: str
     method: str
     side: str
     photos: int
-    psnr: float
-    ssim: float
-    colour: float
-    gain_psnr: float
-    change: float
+    psnr: float | None
+    ssim: float | None
+    colour: float | None
+    gain_psnr: float | None
+    change: float | None
     tint: float | None  # None where no photo is blown
+    luma: float | None
+    lost: float | None
     agreement: float | None  # None where no scene has two photos
+
+    def shown(self) -> list[str]:
+        """The figures of COLUMNS for people to read, "-" where there is none."""
+        values = ((getattr(self, name), decimals) for name, (_, decimals) in COLUMNS.items())
+        return ["-" if value is None else f"{value:.{decimals}f}" for value, decimals in values]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,15 +87,16 @@ class Evaluation:
     def to_text(self) -> str:
         """One table per set, and the protocol."""
         width = max((len(row.method) for row in self.rows), default=0)
+        headings = [heading for heading, _ in COLUMNS.values()]
+        header = f"{'method':{width}}  side   photos{_cells(headings)}"
         lines = []
         for name, digest in self.sets.items():
-            lines += [f"{name} (digest {digest[:12]})", f"{'method':{width}}{COLUMNS}"]
-            for row in self.rows:
-                if row.data == name:
-                    figures = f"{row.psnr:6.2f} {row.ssim:6.3f} {row.colour:10.2f} "
-                    figures += f"{row.gain_psnr:10.2f} {row.change:7.2f} "
-                    figures += f"{_or_dash(row.tint):>5} {_or_dash(row.agreement):>10}"
-                    lines.append(f"{row.method:{width}}  {row.side:5} {row.photos:6} {figures}")
+            lines += [f"{name} (digest {digest[:12]})", header]
+            lines += [
+                f"{row.method:{width}}  {row.side:5}  {row.photos:6}{_cells(row.shown())}"
+                for row in self.rows
+                if row.data == name
+            ]
             lines.append("")
         return "\n".join([*lines, self.protocol])
 
@@ -108,8 +127,10 @@ def evaluate(
     rows: list[Row] = []
     sets: dict[str, str] = {}
     for name, listed in photos.items():
-        measured, sets[name] = _measure_all(listed, methods, on_progress)
-        rows += [row for method in methods for row in _means(name, method, measured[method])]
+        answered = all(sample.reference is not None for sample in listed)
+        runnable = {key: m for key, m in methods.items() if answered or key not in ORACLES}
+        measured, sets[name] = _measure_all(listed, runnable, on_progress)
+        rows += [row for method in runnable for row in _means(name, method, measured[method])]
     return Evaluation(protocol=PROTOCOL, sets=sets, rows=rows)
 
 
@@ -133,7 +154,7 @@ def _measure_all(
         for sample in scene:
             photo, reference, files = _prepared(sample)
             digests.append([sample.name, sample.side, sample.ev, *files])
-            side = sample.side or ("under" if photo.mean() < reference.mean() else "over")
+            side = sample.side or _side(photo, reference)
             for name, method in methods.items():
                 output = method(photo, reference)
                 measured[name].figures.append((side, measure(photo, output, reference)))
@@ -146,16 +167,23 @@ def _measure_all(
     return measured, fingerprint(photos=digests)
 
 
-def _prepared(sample: Sample) -> tuple[np.ndarray, np.ndarray, tuple[str, str]]:
+def _side(photo: np.ndarray, reference: np.ndarray | None) -> str:
+    assert reference is not None  # a layout without references names the side itself
+    return "under" if photo.mean() < reference.mean() else "over"
+
+
+def _prepared(sample: Sample) -> tuple[np.ndarray, np.ndarray | None, list[str]]:
     """Photo, reference, digests of their files."""
     photo, photo_digest = _read(sample.photo)
+    if sample.reference is None:
+        return *sample.prepare(photo, None), [photo_digest]
     reference, reference_digest = _read(sample.reference)
     if photo.shape != reference.shape:
         raise UsageError(
             f"{sample.photo} is {photo.shape[1]}x{photo.shape[0]} and its reference "
             f"{reference.shape[1]}x{reference.shape[0]}: sizes must agree"
         )
-    return *sample.prepare(photo, reference), (photo_digest, reference_digest)
+    return *sample.prepare(photo, reference), [photo_digest, reference_digest]
 
 
 def _means(data: str, method: str, measured: _Measured) -> list[Row]:
@@ -165,38 +193,36 @@ def _means(data: str, method: str, measured: _Measured) -> list[Row]:
         if not chosen:
             continue
         means = {
-            name: fmean(getattr(figures, name) for figures in chosen)
-            for name in ("psnr", "ssim", "colour", "gain_psnr", "change")
+            figure.name: _mean([getattr(figures, figure.name) for figures in chosen])
+            for figure in fields(Figures)
         }
-        tints = [figures.tint for figures in chosen if not math.isnan(figures.tint)]
-        agree = measured.agreements if side == "all" else []
+        agree = _mean(measured.agreements if side == "all" else [])
         rows.append(
-            Row(
-                data=data,
-                method=method,
-                side=side,
-                photos=len(chosen),
-                **means,
-                tint=fmean(tints) if tints else None,
-                agreement=fmean(agree) if agree else None,
-            )
+            Row(data=data, method=method, side=side, photos=len(chosen), agreement=agree, **means)
         )
     return rows
 
 
-def _or_dash(value: float | None) -> str:
-    return "-" if value is None else f"{value:.2f}"
+def _mean(values: Sequence[float]) -> float | None:
+    """Over the photos that have the figure (the others say nan)."""
+    known = [value for value in values if not math.isnan(value)]
+    return fmean(known) if known else None
+
+
+def _cells(texts: Sequence[str]) -> str:
+    widths = (max(8, len(heading) + 2) for heading, _ in COLUMNS.values())
+    return "".join(f"{text:>{width}}" for text, width in zip(texts, widths, strict=True))
 
 
 def _corrector_method(corrector: LoadedCorrector) -> Method:
-    def method(photo: np.ndarray, reference: np.ndarray) -> np.ndarray:
+    def method(photo: np.ndarray, reference: np.ndarray | None) -> np.ndarray:
         return corrector.correct(photo)
 
     return method
 
 
 def _pseudo_gt_method(corrector: LoadedCorrector) -> Method:
-    def method(photo: np.ndarray, reference: np.ndarray) -> np.ndarray:
+    def method(photo: np.ndarray, reference: np.ndarray | None) -> np.ndarray:
         t_map = torch.from_numpy(corrector.pseudo_gt(photo)["t_map"])
         return re_expose(photo, t_map, corrector.settings.ladder.family)
 

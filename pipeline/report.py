@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from evenlight.cache.files import atomic_write
-from evenlight.pipeline.evaluate import Evaluation
+from evenlight.pipeline.evaluate import COLUMNS, Evaluation
 from evenlight.stages.photo_files import jpeg_bytes
 
 STYLE = """
@@ -70,14 +70,11 @@ def colour_regions(labels_HW: np.ndarray) -> np.ndarray:
 
 
 def _table(evaluation: Evaluation) -> str:
-    header = "".join(
-        f"<th>{name}</th>"
-        for name in ("method", "side", "photos", "PSNR", "SSIM", "CIEDE2000", "change")
-    )
+    headings = ["method", "side", "photos", *(heading for heading, _ in COLUMNS.values())]
+    header = "".join(f"<th>{heading}</th>" for heading in headings)
     rows = "".join(
         f"<tr><td>{html.escape(row.method)}</td><td>{row.side}</td><td>{row.photos}</td>"
-        f"<td>{row.psnr:.2f} dB</td><td>{row.ssim:.3f}</td><td>{row.colour:.2f}</td>"
-        f"<td>{row.change:.2f}</td></tr>"
+        f"{''.join(f'<td>{figure}</td>' for figure in row.shown())}</tr>"
         for row in evaluation.rows
     )
     protocol = html.escape(evaluation.protocol)

@@ -139,6 +139,55 @@ def test_change_is_from_the_photo_and_tint_only_where_it_is_blown():
     assert figures.change == pytest.approx((30 + 80) / 2 / 3)
 
 
+def test_luma_and_lost_are_of_the_output_alone():
+    output = np.full((20, 20, 3), 100, np.uint8)
+    output[0] = 254
+    output[1] = 1
+    output[2] = (253, 255, 255)  # one channel still holds detail
+    output[3] = (2, 0, 0)
+    figures = stage.measure(np.full_like(output, 7), output, None)
+    assert figures.lost == pytest.approx(10)
+    rows = 254 + 1 + (0.299 * 253 + 0.701 * 255) + 0.299 * 2 + 16 * 100
+    assert figures.luma == pytest.approx(rows / 20, abs=1e-3)
+    compared = stage.measure(np.full_like(output, 7), output, output)
+    assert (compared.luma, compared.lost) == (figures.luma, figures.lost)
+
+
+def test_photos_without_a_reference_get_no_figure_that_needs_one(model, tmp_path):
+    photos = {"dark.png": scene(-1.0), "b.jpg": scene(-1.5, seed=1)}
+    for name, pixels in photos.items():
+        write(tmp_path / name, pixels)
+    found = evaluate([model], [f"unpaired:{tmp_path}"])
+    methods = [row.method for row in found.rows]
+    assert methods == ["identity", "film rule", "film meter", f"pseudo-GT of {model}", str(model)]
+    for row in found.rows:
+        assert (row.side, row.photos) == ("all", 2)
+        assert [row.psnr, row.ssim, row.colour, row.gain_psnr, row.agreement] == [None] * 5
+        assert row.luma is not None and row.lost is not None
+    identity, rule = found.rows[:2]
+    assert identity.change == 0 < rule.change
+    assert identity.luma < rule.luma == pytest.approx(119, abs=3)
+    assert [row["psnr"] for row in csv.DictReader(io.StringIO(found.to_csv()))] == [""] * 5
+    (line,) = (line for line in found.to_text().splitlines() if line.startswith("film rule"))
+    assert line.split()[4:8] == ["-"] * 4 and f"{rule.luma:.1f}" in line.split()
+    assert "nan" not in found.to_text() + found.to_csv()
+
+
+def test_the_digest_of_an_unpaired_set_follows_its_photos(tmp_path):
+    digests = []
+    for strength in (-1.0, -1.01):
+        write(tmp_path / "a.png", scene(strength))
+        digests += evaluate([], [f"unpaired:{tmp_path}"]).sets.values()
+    assert len(set(digests)) == 2
+
+
+@pytest.mark.parametrize("layout", ["good", "unpaired", "reexposed", "fusion"])
+def test_a_set_without_photos_is_refused(layout, tmp_path):
+    (tmp_path / "readme.txt").write_text("not a photo")
+    with pytest.raises(UsageError, match=f"holds no photo: the layout '{layout}' is"):
+        samples(layout, tmp_path)
+
+
 def test_well_exposed_photos_are_their_own_reference(tmp_path):
     for seed in range(2):
         write(tmp_path / f"{seed}.png", scene(0.0, seed))
@@ -301,6 +350,7 @@ def test_csv_json_and_text_say_the_same_as_the_rows(table, tmp_path, monkeypatch
     assert [as_text(vars(row)) for row in table.rows] == read
     text = table.to_text()
     assert all(f"{row.psnr:.2f}" in text and row.method in text for row in table.rows)
+    assert all(f"{row.luma:.1f}" in text and f"{row.lost:.2f}" in text for row in table.rows)
     assert table.protocol in text and all(d[:12] in text for d in table.sets.values())
 
     root = write_triplets(tmp_path / "set")

@@ -6,6 +6,7 @@ honest baselines.
 
 import functools
 import itertools
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,27 +23,31 @@ from torchmetrics.functional.image import (
 
 from evenlight.cache.errors import UsageError
 from evenlight.stages.images import SUFFIXES
-from evenlight.stages.pixels import resize, to_bytes, to_float
+from evenlight.stages.pixels import luma, resize, to_bytes, to_float
 from evenlight.stages.priors import meter, tone
 
 GAMMA_SEARCH = np.linspace(-2.5, 2.5, 101)
 MAX_PSNR = 100.0  # dB, of an output without an error, so that means stay finite
 COLOUR_PIXELS = 2**20  # at a time: CIEDE2000 takes some 200 bytes a pixel
 BLOWN = 254  # of 255: a pixel with all channels from here on is clipped
+BLACK = 1  # of 255: a pixel with all channels up to here is crushed
 PROTOCOL = (
     "PSNR (at most 100 dB) and SSIM (11x11 Gaussian, sigma 1.5, borders reflected, mean over "
     "channels) on sRGB rounded to 8 bits, range 255, native size, no resizing, no crop, no gain "
     "matching; colour difference CIEDE2000 (D65); PSNR/gain: after the one gain of least squared "
     "error (structure apart from brightness); change: mean absolute difference from the photo, "
     "of 255; tint: mean of largest less smallest channel, of 255, where the photo is blown; "
-    "agreement: PSNR between the outputs of a scene's photos; means over photos"
+    "luma: mean luma of the output, of 255; lost: percent of the output's pixels without detail "
+    "(all channels >= 254, or all <= 1); agreement: PSNR between the outputs of a scene's photos; "
+    "means over photos; -: no photo has it, without a reference only change to lost are known"
 )
 
 
 @dataclass(frozen=True, kw_only=True)
 class Sample:
-    """One badly exposed photo and its reference.  side: "under", "over", or "" to be measured.
+    """One badly exposed photo and its reference, None where there is none.
 
+    side: "under", "over", "all" for neither, or "" to be measured against the reference.
     ev: the photo is its file re-exposed by so many EV.  fused: the reference is the exposure
     fusion of photo and reference.
     """
@@ -50,49 +55,72 @@ class Sample:
     name: str
     side: str
     photo: Path
-    reference: Path
+    reference: Path | None
     ev: float = 0.0
     fused: bool = False
 
-    def prepare(self, photo: np.ndarray, reference: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def prepare(
+        self, photo: np.ndarray, reference: np.ndarray | None
+    ) -> tuple[np.ndarray, np.ndarray | None]:
         """What is measured, from the decoded files: uint8 H,W,3 each."""
         if self.ev:
             t = self.ev / tone.EV_PER_STRENGTH
             photo = to_bytes(tone.apply("ev", to_float(photo), t)).numpy()
         if self.fused:
+            assert reference is not None
             reference = exposure_fusion([photo, reference])
         return photo, reference
 
 
 @dataclass(frozen=True, kw_only=True)
 class Figures:
-    psnr: float  # dB, higher is better
-    ssim: float  # at most 1, higher is better
-    colour: float  # CIEDE2000, lower is better
-    gain_psnr: float  # dB after the best gain, higher is better
+    """Figures of one output; the first four compare it with the reference: nan without one."""
+
+    psnr: float = math.nan  # dB, higher is better
+    ssim: float = math.nan  # at most 1, higher is better
+    colour: float = math.nan  # CIEDE2000, lower is better
+    gain_psnr: float = math.nan  # dB after the best gain, higher is better
     change: float  # of 255
     tint: float  # of 255 where the photo is blown; nan where it is nowhere
+    luma: float  # of 255
+    lost: float  # percent of pixels, lower is better
 
 
-def measure(photo_HW3: np.ndarray, output_HW3: np.ndarray, reference_HW3: np.ndarray) -> Figures:
-    """Figures of one output (PROTOCOL).  uint8 H,W,3 sRGB, same size, 16 pixels or more a side."""
-    assert photo_HW3.dtype == output_HW3.dtype == reference_HW3.dtype == np.uint8
-    shapes = [x.shape for x in (photo_HW3, output_HW3, reference_HW3)]
-    assert shapes[0] == shapes[1] == shapes[2], shapes
-    photo, output, reference = (to_float(x) * 255 for x in (photo_HW3, output_HW3, reference_HW3))
+def measure(
+    photo_HW3: np.ndarray, output_HW3: np.ndarray, reference_HW3: np.ndarray | None
+) -> Figures:
+    """Figures of one output (PROTOCOL).  uint8 H,W,3 sRGB, same size, 16 pixels or more a side.
+
+    reference: None where the photo has none.
+    """
+    for other in (output_HW3, photo_HW3 if reference_HW3 is None else reference_HW3):
+        assert photo_HW3.dtype == other.dtype == np.uint8
+        assert photo_HW3.shape == other.shape, (photo_HW3.shape, other.shape)
+    photo, output = (to_float(x) * 255 for x in (photo_HW3, output_HW3))
+    lost = (output_HW3 >= BLOWN).all(2) | (output_HW3 <= BLACK).all(2)
+    return Figures(
+        **({} if reference_HW3 is None else _compared(output_HW3, reference_HW3)),
+        change=float((output - photo).abs().mean()),
+        tint=float((output.amax(1) - output.amin(1))[(photo >= BLOWN).all(1)].mean()),
+        luma=float(luma(output).mean()),
+        lost=100 * float(lost.mean()),
+    )
+
+
+def _compared(output_HW3: np.ndarray, reference_HW3: np.ndarray) -> dict[str, float]:
+    """The figures that need a reference."""
+    output, reference = (to_float(x) * 255 for x in (output_HW3, reference_HW3))
     gain = (output * reference).sum() / (output * output).sum().clamp_min(1)
     ssim = structural_similarity_index_measure(
         output, reference, data_range=255.0, kernel_size=11, sigma=1.5
     )
     assert isinstance(ssim, torch.Tensor)
-    return Figures(
-        psnr=_psnr(output, reference),
-        ssim=float(ssim),
-        colour=_colour_difference(output_HW3, reference_HW3),
-        gain_psnr=_psnr((gain * output).clamp(0, 255), reference),
-        change=float((output - photo).abs().mean()),
-        tint=float((output.amax(1) - output.amin(1))[(photo >= BLOWN).all(1)].mean()),
-    )
+    return {
+        "psnr": _psnr(output, reference),
+        "ssim": float(ssim),
+        "colour": _colour_difference(output_HW3, reference_HW3),
+        "gain_psnr": _psnr((gain * output).clamp(0, 255), reference),
+    }
 
 
 def agreement(outputs: list[np.ndarray]) -> float:
@@ -123,30 +151,31 @@ def _colour_difference(output_HW3: np.ndarray, reference_HW3: np.ndarray) -> flo
     return total / (height * width)
 
 
-Method = Callable[[np.ndarray, np.ndarray], np.ndarray]
-"""(photo, reference) -> output, all uint8 H,W,3; only an oracle looks at the reference."""
+Method = Callable[[np.ndarray, np.ndarray | None], np.ndarray]
+"""(photo, reference) -> output, all uint8 H,W,3; only ORACLES look at the reference."""
 
 
-def identity(photo: np.ndarray, reference: np.ndarray) -> np.ndarray:
+def identity(photo: np.ndarray, reference: np.ndarray | None) -> np.ndarray:
     return photo
 
 
-def metered(photo: np.ndarray, reference: np.ndarray) -> np.ndarray:
+def metered(photo: np.ndarray, reference: np.ndarray | None) -> np.ndarray:
     """Mean luma to what the meter asks for, by the film curve: no network, no reference."""
     rgb = to_float(photo)
     t = meter.read(rgb, "film").strength
     return to_bytes(tone.apply("film", rgb, t.view(1, 1, 1, 1))).numpy()
 
 
-def film_rule(photo: np.ndarray, reference: np.ndarray) -> np.ndarray:
+def film_rule(photo: np.ndarray, reference: np.ndarray | None) -> np.ndarray:
     """Mean luma to 119/255 by the film curve: no training, no reference."""
     rgb = to_float(photo)
     strength = tone.rule_strength(resize(rgb, 128, 128), "film")
     return to_bytes(tone.apply("film", rgb, strength.view(1, 1, 1, 1))).numpy()
 
 
-def best_gamma(photo: np.ndarray, reference: np.ndarray) -> np.ndarray:
+def best_gamma(photo: np.ndarray, reference: np.ndarray | None) -> np.ndarray:
     """The single gamma of least squared error to the reference: chosen with the answer in hand."""
+    assert reference is not None
     curves = _gamma_curves()
     levels = photo.ravel()
     # sum (curve[p] - r)^2 over pixels, less the part no curve changes, from sums per level of p
@@ -170,6 +199,7 @@ BASELINES: dict[str, Method] = {
     "film meter": metered,
     "best gamma (answer in hand)": best_gamma,
 }
+ORACLES = {"best gamma (answer in hand)"}  # cannot run without a reference
 
 
 def samples(layout: str, root: Path) -> list[Sample]:
@@ -187,7 +217,7 @@ def samples(layout: str, root: Path) -> list[Sample]:
     except UsageError as error:
         raise UsageError(f"{error}: {expected}") from error
     if not found:
-        raise UsageError(f"{root} holds no photo with a reference: {expected}")
+        raise UsageError(f"{root} holds no photo: {expected}")
     return found
 
 
@@ -200,6 +230,14 @@ def good(root: Path) -> list[Sample]:
     """NAME.*: well-exposed photos, which must stay as they are"""
     return [
         Sample(name=stem, side="all", photo=path, reference=path)
+        for stem, path in _by_stem(root).items()
+    ]
+
+
+def unpaired(root: Path) -> list[Sample]:
+    """NAME.*: badly exposed photos without a reference"""
+    return [
+        Sample(name=stem, side="all", photo=path, reference=None)
         for stem, path in _by_stem(root).items()
     ]
 
@@ -279,6 +317,7 @@ LAYOUTS: dict[str, Callable[[Path], list[Sample]]] = {
     "good": good,
     "reexposed": reexposed,
     "fusion": fusion,
+    "unpaired": unpaired,
 }
 
 
