@@ -1,4 +1,4 @@
-"""The meter reads the scene and not the exposure of the photo, and knows a good photo by its tones."""
+"""The meter reads the scene, not its exposure, and knows good photos by their tones."""
 
 import pytest
 import torch

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from toys import ToyClip, ToySegmenter
 
 from evenlight.stages.pixels import luma, to_bytes, to_float
-from evenlight.stages.priors import pseudo_gt, tone
+from evenlight.stages.priors import pseudo_gt, region_strengths, scores, tone
 from evenlight.stages.priors.ladder import embed_photo, largest_regions, region_crop
 from evenlight.stages.settings import LadderSettings, PseudoGTSettings
 
@@ -106,7 +106,7 @@ def test_regions_keep_their_order_of_brightness(wanted, seed):
     def after(region: int, t: float) -> float:
         return float(before[region] ** np.exp(-t))
 
-    kept = pseudo_gt.keep_order(np.array(wanted), 0.3, before, after)
+    kept = region_strengths.keep_order(np.array(wanted), 0.3, before, after)
     for i in range(len(wanted)):
         for j in range(len(wanted)):
             if before[i] - before[j] > pseudo_gt.ORDER_MARGIN:
@@ -116,14 +116,14 @@ def test_regions_keep_their_order_of_brightness(wanted, seed):
 @given(st.floats(-1.9, 1.9), st.floats(0.5, 30))
 def test_crossing_finds_the_zero_of_a_rising_line(zero, slope):
     strengths = np.array(LADDER.offsets)
-    found = pseudo_gt.crossings(strengths, slope * (strengths - zero))
+    found = scores.crossings(strengths, slope * (strengths - zero))
     assert found == pytest.approx([zero], abs=1e-9)
 
 
 def test_without_a_crossing_the_nearer_end_is_taken():
     strengths = np.array([-1.0, 0.0, 1.0])
-    assert pseudo_gt.crossings(strengths, np.array([-3.0, -2.0, -1.0])) == [1.0]
-    assert pseudo_gt.crossings(strengths, np.array([1.0, 2.0, 3.0])) == [-1.0]
+    assert scores.crossings(strengths, np.array([-3.0, -2.0, -1.0])) == [1.0]
+    assert scores.crossings(strengths, np.array([1.0, 2.0, 3.0])) == [-1.0]
 
 
 def test_clipped_pixels_get_little_confidence():

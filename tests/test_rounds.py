@@ -23,7 +23,7 @@ from evenlight.pipeline.train import train
 from evenlight.stages.corrector.checkpoint import load_corrector, save_corrector
 from evenlight.stages.corrector.network import Correction, Corrector
 from evenlight.stages.pixels import luma
-from evenlight.stages.priors import pseudo_gt, tone
+from evenlight.stages.priors import region_strengths, tone
 from evenlight.stages.settings import PseudoGTSettings
 
 SMALL = ["photo.size=64", "run.unit_size=2", "ladder.regions=4"]
@@ -47,7 +47,7 @@ def chosen(wanted: list[float], proposed: list[float] | None, start: float = 0.0
     rgb = bands.expand(1, 3, 16, 32)
     masks = [(torch.arange(32) // 8 == band).expand(16, 32) for band in range(4)]
     moves = None if proposed is None else np.array(proposed)
-    return pseudo_gt.region_strengths(
+    return region_strengths.region_strengths(
         rgb, masks, logits_that_want(wanted), STEPS, start, "film", STILL, moves
     )
 
@@ -71,9 +71,9 @@ def test_one_beyond_what_was_embedded_cannot_be_judged_and_is_not():
 
 def test_at_most_half_of_the_regions_are_taken_those_with_the_largest_rise():
     proposed, logits = np.array([0.1, 0.4, 0.2, 0.3]), logits_that_want([0.4] * 4)
-    taken = pseudo_gt.take_proposals(np.zeros(4), proposed, logits, STEPS)
+    taken = region_strengths.take_proposals(np.zeros(4), proposed, logits, STEPS)
     assert taken.tolist() == [0, 0.4, 0, 0.3]
-    one = pseudo_gt.take_proposals(np.zeros(1), proposed[1:2], logits[:1], STEPS)
+    one = region_strengths.take_proposals(np.zeros(1), proposed[1:2], logits[:1], STEPS)
     assert one.tolist() == [0]
 
 
@@ -96,7 +96,8 @@ def test_order_mean_strength_and_score_are_kept(wanted, proposed, start):
     ]
     assert after == sorted(after)
     logits = logits_that_want(wanted)
-    rise = pseudo_gt.scores_at(moved, logits, STEPS) - pseudo_gt.scores_at(fresh, logits, STEPS)
+    before, later = (region_strengths.scores_at(x, logits, STEPS) for x in (fresh, moved))
+    rise = later - before
     assert rise.sum() >= 0
     assert abs(moved.mean() - start) < 0.35  # order pulls regions to the start after centring
 
