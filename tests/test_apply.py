@@ -115,3 +115,16 @@ def test_a_nearly_black_photo_is_not_pushed_past_the_largest_strength():
     strength = torch.full_like(rgb, 1.9)
     met = apply.meet_meter(rgb, strength, torch.zeros_like(rgb), "film", target=0.45)
     assert float(met.mean()) > 2 and float(met.max()) <= apply.MAX_STRENGTH + 1e-6
+
+
+def test_blown_pixels_stay_neutral_and_others_keep_their_colour_maps():
+    rgb = torch.full((1, 3, 32, 48), 0.6)
+    rgb[..., :16] = 1.0
+    strength = torch.tensor([-0.9, -0.6, -0.3]).view(1, 3, 1, 1).expand(1, 3, 32, 48)
+    maps = apply.fit_maps(rgb, strength, 0.1 * strength, "film")
+    pixels = (rgb[0].permute(1, 2, 0) * 255).byte().numpy()
+    corrected = apply.apply_maps(pixels, maps).astype(int)
+    assert np.ptp(corrected[:, :16], axis=2).max() == 0
+    assert np.ptp(corrected[:, 16:], axis=2).min() > 20
+    white, uniform = corrected[0, 0, 0], float(tone.apply("film", torch.ones(1), -0.6)) - 0.06
+    assert abs(white - 255 * uniform) <= 1

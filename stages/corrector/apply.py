@@ -24,6 +24,7 @@ STRIP_PIXELS = 2**20
 GUIDE_RADIUS = 4  # working-size pixels
 GUIDE_EPS = 1e-3
 MAX_SHIFT = 1.5  # of the strength map, towards the meter
+NEARLY_BLOWN = 0.9  # of white: above it, maps lose their colour
 FULL_SHIFT = 0.5  # mean strength from which the meter decides brightness alone
 
 
@@ -105,10 +106,18 @@ def _corrected_strip(
     values = torch.from_numpy(pixels.astype(np.float32)) / top_value
     rgb = values.permute(2, 0, 1)[None]
     a, b = (_strip_of(x, strip, height, pixels.shape[1]) for x in (maps.a, maps.b))
-    full = (a * luma(rgb) + b) * strength
+    full = _neutral_where_blown(rgb, (a * luma(rgb) + b) * strength)
     corrected = tone.apply(maps.family, rgb, full[:, :3]) + full[:, 3:]
     scaled = (corrected[0].permute(1, 2, 0).clamp(0, 1) * top_value).round()
     return scaled.numpy().astype(pixels.dtype)
+
+
+def _neutral_where_blown(rgb_13HW: Tensor, maps_16HW: Tensor) -> Tensor:
+    """The maps, their channels made one where the photo is blown: white holds no colour to correct,
+    and lamps and skies would take on that of what surrounds them."""
+    blown_11HW = ((rgb_13HW.amin(1, keepdim=True) - NEARLY_BLOWN) / (1 - NEARLY_BLOWN)).clamp(min=0)
+    parts = [part.lerp(part.mean(1, keepdim=True), blown_11HW) for part in maps_16HW.split(3, 1)]
+    return torch.cat(parts, 1)
 
 
 def _strip_of(low_1Chw: Tensor, strip: slice, height: int, width: int) -> Tensor:
