@@ -152,7 +152,7 @@ def evaluate(
     set_: SetOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Measure models, their pseudo-ground-truth and baselines on sets with references."""
+    """Measure models, their pseudo-ground-truth and baselines on sets of photos."""
     from evenlight.cache.files import atomic_write
     from evenlight.pipeline.evaluate import evaluate as run
 

@@ -41,7 +41,6 @@ COLUMNS = {  # figure of a row: heading, decimals
     "change": ("change", 2),
     "tint": ("tint", 2),
     "luma": ("luma", 1),
-    "lost": ("lost", 2),
     "agreement": ("agreement", 2),
 }
 
@@ -61,7 +60,6 @@ class Row:
     change: float | None
     tint: float | None  # None where no photo is blown
     luma: float | None
-    lost: float | None
     agreement: float | None  # None where no scene has two photos
 
     def shown(self) -> list[str]:

@@ -30,16 +30,14 @@ GAMMA_SEARCH = np.linspace(-2.5, 2.5, 101)
 MAX_PSNR = 100.0  # dB, of an output without an error, so that means stay finite
 COLOUR_PIXELS = 2**20  # at a time: CIEDE2000 takes some 200 bytes a pixel
 BLOWN = 254  # of 255: a pixel with all channels from here on is clipped
-BLACK = 1  # of 255: a pixel with all channels up to here is crushed
 PROTOCOL = (
     "PSNR (at most 100 dB) and SSIM (11x11 Gaussian, sigma 1.5, borders reflected, mean over "
     "channels) on sRGB rounded to 8 bits, range 255, native size, no resizing, no crop, no gain "
     "matching; colour difference CIEDE2000 (D65); PSNR/gain: after the one gain of least squared "
     "error (structure apart from brightness); change: mean absolute difference from the photo, "
     "of 255; tint: mean of largest less smallest channel, of 255, where the photo is blown; "
-    "luma: mean luma of the output, of 255; lost: percent of the output's pixels without detail "
-    "(all channels >= 254, or all <= 1); agreement: PSNR between the outputs of a scene's photos; "
-    "means over photos; -: no photo has it, without a reference only change to lost are known"
+    "luma: mean luma of the output, of 255; agreement: PSNR between the outputs of a scene's "
+    "photos; means over photos; -: no photo has it, without a reference only change to luma are known"
 )
 
 
@@ -83,7 +81,6 @@ class Figures:
     change: float  # of 255
     tint: float  # of 255 where the photo is blown; nan where it is nowhere
     luma: float  # of 255
-    lost: float  # percent of pixels, lower is better
 
 
 def measure(
@@ -97,13 +94,11 @@ def measure(
         assert photo_HW3.dtype == other.dtype == np.uint8
         assert photo_HW3.shape == other.shape, (photo_HW3.shape, other.shape)
     photo, output = (to_float(x) * 255 for x in (photo_HW3, output_HW3))
-    lost = (output_HW3 >= BLOWN).all(2) | (output_HW3 <= BLACK).all(2)
     return Figures(
         **({} if reference_HW3 is None else _compared(output_HW3, reference_HW3)),
         change=float((output - photo).abs().mean()),
         tint=float((output.amax(1) - output.amin(1))[(photo >= BLOWN).all(1)].mean()),
         luma=float(luma(output).mean()),
-        lost=100 * float(lost.mean()),
     )
 
 
