@@ -37,7 +37,7 @@ PROTOCOL = (
     "error (structure apart from brightness); change: mean absolute difference from the photo, "
     "of 255; tint: mean of largest less smallest channel, of 255, where the photo is blown; "
     "luma: mean luma of the output, of 255; agreement: PSNR between the outputs of a scene's "
-    "photos; means over photos; -: no photo has it, without a reference only change to luma are known"
+    "photos; means over photos; -: no photo has it (without a reference: only change to luma)"
 )
 
 
