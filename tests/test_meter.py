@@ -67,3 +67,19 @@ def test_photos_are_read_alike_alone_and_in_a_batch():
     for name in ("target", "strength", "log_odds"):
         one_by_one = torch.cat([getattr(reading, name) for reading in alone])
         torch.testing.assert_close(getattr(both, name), one_by_one, atol=1e-4, rtol=1e-4)
+
+
+def test_black_that_holds_no_detail_does_not_ask_for_light():
+    lights = scene(3) * 0.5
+    night = F.pad(lights, (0, 0, 384, 0), value=1 / 255)  # three quarters are black sky
+    by_rule = float(tone.rule_strength(night, "film")[0])
+    asked = float(meter.read(night, "film").strength[0])
+    assert asked < by_rule - 0.5
+    assert asked > float(meter.read(lights, "film").strength[0]) - 0.5
+
+
+def test_a_dark_photo_with_detail_everywhere_is_brightened_in_full():
+    photo = tone.apply("film", scene(1), -1.5)
+    assert float(photo.min()) > 0
+    reading = meter.read(photo, "film")
+    assert float(reading.strength[0]) > 1

@@ -109,7 +109,7 @@ def test_regions_keep_their_order_of_brightness(wanted, seed):
     kept = region_strengths.keep_order(np.array(wanted), 0.3, before, after)
     for i in range(len(wanted)):
         for j in range(len(wanted)):
-            if before[i] - before[j] > pseudo_gt.ORDER_MARGIN:
+            if before[i] - before[j] > region_strengths.ORDER_MARGIN:
                 assert after(i, kept[i]) >= after(j, kept[j])
 
 

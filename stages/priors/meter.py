@@ -63,6 +63,8 @@ TONE_PERCENTILES = (
 )  # fmt: skip
 # Bins of luma, of 255, that get wider away from black and white.
 BIN_EDGES = (1.5, 3.5, 7.5, 15.5, 31.5, 63.5, 127.5, 191.5, 223.5, 239.5, 247.5, 251.5, 253.5)
+BLACK = (1, 4)  # of 255: luma that holds no detail, and from which it holds all
+DETAIL_SHARES = (0.5, 0.8)  # of pixels with detail: what few and enough are
 OUTPUT_SCALE = 0.3  # strength per unit that a network answers
 SHIPPED = Path(str(files("evenlight.stages.weights") / "meter.safetensors"))
 
@@ -83,14 +85,16 @@ def read(rgb_B3HW: Tensor, family: str) -> Reading:
     small = F.adaptive_avg_pool2d(rgb_B3HW.float(), SIDE)
     beyond_B, log_odds_B = _tone_reading(tone_features(rgb_B3HW))
     offset_B = TONE_SHARE * beyond_B + (1 - TONE_SHARE) * _matrix_reading(small)
-    target_B = _mean_luma(small, offset_B)
+    t_B = _sparing_night(small, tone.rule_strength(small, FAMILY) + offset_B)
+    target_B = _mean_luma(small, t_B)
     return Reading(target_B, tone.rule_strength(small, family, target_B), log_odds_B)
 
 
 def matrix_strength(rgb_B3HW: Tensor, family: str) -> Tensor:
     """The strength by the matrix reading alone, for which a 32-pixel copy serves.  float32 B."""
     small = F.adaptive_avg_pool2d(rgb_B3HW.float(), SIDE)
-    return tone.rule_strength(small, family, _mean_luma(small, _matrix_reading(small)))
+    t_B = tone.rule_strength(small, FAMILY) + _matrix_reading(small)
+    return tone.rule_strength(small, family, _mean_luma(small, t_B))
 
 
 @functools.cache
@@ -165,9 +169,23 @@ def _networks() -> dict[str, Tensor]:
     return load_file(SHIPPED)
 
 
-def _mean_luma(small_B3SS: Tensor, offset_B: Tensor) -> Tensor:
-    """Mean luma of photos re-exposed by so much beyond the rule."""
-    t_B = tone.rule_strength(small_B3SS, FAMILY) + offset_B
+def _sparing_night(small_B3SS: Tensor, t_B: Tensor) -> Tensor:
+    """Film strengths, lowered where black that holds no detail fills most of a photo.
+
+    There the mean luma is to be reached by the rest alone: a black sky brightened until the whole
+    photo is mid-gray turns to noise, and the lights below it burn out.
+    """
+    black, visible = BLACK
+    detail_B1SS = ((luma(small_B3SS) * 255 - black) / (visible - black)).clamp(0, 1)
+    few, enough = DETAIL_SHARES
+    night_B = ((enough - detail_B1SS.mean((1, 2, 3))) / (enough - few)).clamp(0, 1)
+    target_B = _mean_luma(small_B3SS, t_B)
+    of_rest_B = tone.rule_strength(small_B3SS, FAMILY, target_B, detail_B1SS)
+    return t_B + night_B * (torch.minimum(t_B, of_rest_B) - t_B)
+
+
+def _mean_luma(small_B3SS: Tensor, t_B: Tensor) -> Tensor:
+    """Mean luma of photos re-exposed by film strengths."""
     return luma(tone.apply(FAMILY, small_B3SS, t_B[:, None, None, None])).mean((1, 2, 3))
 
 

@@ -45,20 +45,29 @@ def apply(family: str, x: Tensor, t: Tensor | float) -> Tensor:
 
 
 @torch.no_grad()
-def rule_strength(x_B3HW: Tensor, family: str, target: float | Tensor = RULE_TARGET) -> Tensor:
+def rule_strength(
+    x_B3HW: Tensor,
+    family: str,
+    target: float | Tensor = RULE_TARGET,
+    weight_B1HW: Tensor | None = None,
+) -> Tensor:
     """Strength per photo at which the mean luma of the re-exposed photo equals `target`.
 
     x_B3HW: float RGB in [0, 1]; a small copy (about 64 pixels) serves.  target: mean luma in
-    [0, 1], one for all or B.  Bisection on [-3, 3]; where the target is out of reach the nearer
+    [0, 1], one for all or B.  weight: of each pixel in the mean; default: all count the same.
+    Bisection on [-3, 3]; where the target is out of reach the nearer
     end is returned, and 0 for a photo that no strength changes (all black, all white).
     Returns float32 B.
     """
     num_photos = x_B3HW.shape[0]
     low = x_B3HW.new_full((num_photos,), -MAX_RULE_STRENGTH, dtype=torch.float32)
     high = -low
+    weight = torch.ones_like(x_B3HW[:, :1]) if weight_B1HW is None else weight_B1HW
+    weight = weight / weight.sum((1, 2, 3), keepdim=True).clamp_min(1e-6)
 
     def mean_luma(t_B: Tensor) -> Tensor:
-        return luma(apply(family, x_B3HW.float(), t_B[:, None, None, None])).mean((1, 2, 3))
+        toned = luma(apply(family, x_B3HW.float(), t_B[:, None, None, None]))
+        return (toned * weight).sum((1, 2, 3))
 
     unmoved = (mean_luma(high) - mean_luma(low)).abs() < 1e-4
     for _ in range(22):  # 6 / 2**22: under 2e-6
