@@ -55,9 +55,11 @@ def doctor() -> dict[str, Any]:
     "lacks" lists what the commands cannot do without; it is empty on a healthy machine.
     """
     versions = {name: _version(name) for name in PACKAGES}
-    weights = {name: _weights(name) for name in ("fastsam-n", "clip-lite0", "base/corrector")}
+    weights = {
+        name: _weights(name) for name in ("fastsam-n", "clip-lite0", "meter", "base/corrector")
+    }
     lacks = [name for name, found in versions.items() if not found and name not in OPTIONAL]
-    lacks += [name for name in ("fastsam-n", "clip-lite0") if not weights[name]]
+    lacks += [name for name in ("fastsam-n", "clip-lite0", "meter") if not weights[name]]
     return {
         "evenlight": _version("evenlight"),
         "python": platform.python_version(),

@@ -5,6 +5,7 @@ import torch
 from skimage import data
 from torch.nn import functional as F
 
+from evenlight.cache.errors import EnvironmentLacks
 from evenlight.stages.pixels import luma, to_float
 from evenlight.stages.priors import meter, tone
 
@@ -83,3 +84,17 @@ def test_a_dark_photo_with_detail_everywhere_is_brightened_in_full():
     assert float(photo.min()) > 0
     reading = meter.read(photo, "film")
     assert float(reading.strength[0]) > 1
+
+
+@pytest.mark.parametrize("content", [None, b"", b"not tensors"])
+def test_missing_or_damaged_weights_are_named(content, tmp_path, monkeypatch):
+    file = tmp_path / "meter.safetensors"
+    if content is not None:
+        file.write_bytes(content)
+    monkeypatch.setattr(meter, "SHIPPED", file)
+    meter._networks.cache_clear()
+    try:
+        with pytest.raises(EnvironmentLacks, match=str(file)):
+            meter.read(scene(0), "film")
+    finally:
+        meter._networks.cache_clear()

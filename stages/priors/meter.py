@@ -16,10 +16,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn import functional as F
 
+from evenlight.cache.errors import EnvironmentLacks
 from evenlight.cache.files import sha256_file
 from evenlight.stages.pixels import luma
 from evenlight.stages.priors import tone
@@ -166,7 +168,12 @@ def _tone_reading(features_BF: Tensor) -> tuple[Tensor, Tensor]:
 @functools.cache
 def _networks() -> dict[str, Tensor]:
     """mean, scale F; hidden.weight N,H,F; hidden.bias N,H; last.weight N,2,H; last.bias N,2."""
-    return load_file(SHIPPED)
+    try:
+        return load_file(SHIPPED)
+    except (SafetensorError, OSError) as error:
+        raise EnvironmentLacks(
+            f"weights of the meter {SHIPPED} cannot be used ({error}): install evenlight again"
+        ) from error
 
 
 def _sparing_night(small_B3SS: Tensor, t_B: Tensor) -> Tensor:
