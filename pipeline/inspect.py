@@ -15,6 +15,7 @@ from evenlight.cache.files import atomic_write, sha256_bytes
 if TYPE_CHECKING:  # zarr, which doctor must be able to miss
     from evenlight.cache.schema import Damage
 
+PRIORS = ("fastsam-n", "clip-lite0", "meter")  # weights that ship
 PACKAGES = (
     "torch", "torchvision", "ultralytics", "open_clip_torch", "timm", "zarr", "h5py", "dask",
     "numpy", "opencv-python", "pillow", "safetensors", "torchmetrics", "mamba-ssm",
@@ -55,11 +56,9 @@ def doctor() -> dict[str, Any]:
     "lacks" lists what the commands cannot do without; it is empty on a healthy machine.
     """
     versions = {name: _version(name) for name in PACKAGES}
-    weights = {
-        name: _weights(name) for name in ("fastsam-n", "clip-lite0", "meter", "base/corrector")
-    }
+    weights = {name: _weights(name) for name in (*PRIORS, "base/corrector")}
     lacks = [name for name, found in versions.items() if not found and name not in OPTIONAL]
-    lacks += [name for name in ("fastsam-n", "clip-lite0", "meter") if not weights[name]]
+    lacks += [name for name in PRIORS if not weights[name]]
     return {
         "evenlight": _version("evenlight"),
         "python": platform.python_version(),

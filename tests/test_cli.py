@@ -315,7 +315,7 @@ def test_doctor_exits_4_naming_what_is_lacking_even_torch(monkeypatch, capsys):
     missing = ("torch", "zarr")
     monkeypatch.setattr(inspect, "_version", lambda name: "" if name in missing else real(name))
     monkeypatch.setattr(inspect, "_weights", lambda name: "")
-    assert doctor()["lacks"] == ["torch", "zarr", "fastsam-n", "clip-lite0"]
+    assert doctor()["lacks"] == ["torch", "zarr", "fastsam-n", "clip-lite0", "meter"]
     assert run_cli(monkeypatch, "doctor") == 4
     code = (
         "import sys; sys.modules['torch'] = sys.modules['zarr'] = None\n"

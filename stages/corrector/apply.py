@@ -58,8 +58,9 @@ def meet_meter(
     target: that mean luma (`meter.Reading.target`).
 
     The network answers for space and colour, the meter for brightness: trained on both in one loss
-    it fell behind the meter on real brackets, by .8 dB, and shifted did not.  Where the network hardly corrects, its word counts: the shift grows
-    with the mean strength, in full from FULL_SHIFT on.
+    it fell behind the meter on real brackets, by .8 dB, and shifted it did not.  Where the network
+    hardly corrects, its word counts: the shift grows with the mean strength, in full from
+    FULL_SHIFT on.
     """
 
     def mean_luma(shift: float) -> float:
