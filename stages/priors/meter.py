@@ -58,7 +58,9 @@ WEIGHTS = (
 )
 
 TONE_SIDE = 256  # pixels of the square copy that the tone reading sees
-TONE_SHARE = 0.6  # of the tone reading in the mean of the two
+# Of the tone reading in the mean of the two. From .2 to .6 real brackets are as good within .1 dB;
+# more of it gains on BSDS500, less makes the two exposures of a scene agree better.
+TONE_SHARE = 0.6
 TONE_PERCENTILES = (
     0.1, 0.5, 1, 2, 5, 10, 15, 20, 25, 30, 35, 40, 45, 50,
     55, 60, 65, 70, 75, 80, 85, 90, 95, 98, 99, 99.5, 99.9,
