@@ -3,8 +3,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 
 unexport PYTHONDONTWRITEBYTECODE  # else every process compiles torch anew: 6 s each
+# Waiting threads give way: spinning ones make a training step take 20 s for 1 on a busy machine.
 export OMP_WAIT_POLICY := PASSIVE
-# else waiting threads spin, and on a busy machine a training step takes 20 s for 1
 
 .PHONY: demo test check clean
 
