@@ -151,3 +151,11 @@ def test_a_region_crop_keeps_the_region_and_blurs_the_rest():
     mask[16:48, 16:48] = True
     crop = region_crop(rgb, mask, 160)
     assert crop[..., 70:90, 70:90].std() > 2 * crop[..., :12, :12].std()
+
+
+def test_tones_clip_and_strength_each_speak_on_whether_a_photo_is_good():
+    normal, under = np.array([-1.0, 1.0, -1.0]), np.array([3.0, 0.0, -3.0])
+    assert pseudo_gt.well_exposed(normal, 0.5, 0.1)
+    assert not pseudo_gt.well_exposed(normal, -2.0, 0.1)
+    assert not pseudo_gt.well_exposed(under, 0.5, 0.1)
+    assert not pseudo_gt.well_exposed(normal, 0.5, -0.8)

@@ -87,8 +87,10 @@ def read(rgb_B3HW: Tensor, family: str) -> Reading:
     What was learned is a film strength beyond the rule; as a mean luma it serves every tone family.
     """
     small = F.adaptive_avg_pool2d(rgb_B3HW.float(), SIDE)
-    beyond_B, log_odds_B = _tone_reading(tone_features(rgb_B3HW))
-    offset_B = TONE_SHARE * beyond_B + (1 - TONE_SHARE) * _matrix_reading(small)
+    features = tone_features(rgb_B3HW)
+    beyond_B, log_odds_B = _tone_reading(features)
+    matrix_B = _matrix_reading(features[:, : len(WEIGHTS)])
+    offset_B = TONE_SHARE * beyond_B + (1 - TONE_SHARE) * matrix_B
     t_B = _sparing_night(small, tone.rule_strength(small, FAMILY) + offset_B)
     target_B = _mean_luma(small, t_B)
     return Reading(target_B, tone.rule_strength(small, family, target_B), log_odds_B)
@@ -97,7 +99,7 @@ def read(rgb_B3HW: Tensor, family: str) -> Reading:
 def matrix_strength(rgb_B3HW: Tensor, family: str) -> Tensor:
     """The strength by the matrix reading alone, for which a 32-pixel copy serves.  float32 B."""
     small = F.adaptive_avg_pool2d(rgb_B3HW.float(), SIDE)
-    t_B = tone.rule_strength(small, FAMILY) + _matrix_reading(small)
+    t_B = tone.rule_strength(small, FAMILY) + _matrix_reading(matrix_features(small))
     return tone.rule_strength(small, family, _mean_luma(small, t_B))
 
 
@@ -150,10 +152,9 @@ def tone_features(rgb_B3HW: Tensor) -> Tensor:
     )
 
 
-def _matrix_reading(small_B3SS: Tensor) -> Tensor:
-    """Film strength beyond the rule, B."""
-    weights = torch.tensor(WEIGHTS, device=small_B3SS.device)
-    learned = BIAS + matrix_features(small_B3SS) @ weights
+def _matrix_reading(features_BF: Tensor) -> Tensor:
+    """Film strength beyond the rule, B, from the matrix features."""
+    learned = BIAS + features_BF @ torch.tensor(WEIGHTS, device=features_BF.device)
     return TRUST * learned.clamp(-MAX_OFFSET, MAX_OFFSET)
 
 
