@@ -1,6 +1,6 @@
 """Ablations of the corrector: short trainings that differ in one thing, measured alike.
 
-    python benchmarks/ablate.py --photos FOLDER --triplets FOLDER --work FOLDER
+    python -m benchmarks.ablate --photos FOLDER --triplets FOLDER --work FOLDER
         [--seeds 0 1 2] [--steps N] [--only NAME ...] [--limit-scenes N]
 
 --photos: a sub-folder of frames per scene; every fifth scene is measured (as in
@@ -27,10 +27,10 @@ from typing import Any
 import cv2
 import numpy as np
 import torch
-from ablate_stores import link_scenes, make_store, overrides_of
-from measure_pseudo_gt import Photo, bootstrap, draw_brackets
 from torch import Tensor
 
+from benchmarks.ablate_stores import link_scenes, make_store, overrides_of
+from benchmarks.measure_pseudo_gt import Photo, bootstrap, draw_brackets
 from evenlight.cache.errors import UsageError
 from evenlight.cache.files import read_json, sha256_bytes, write_json
 from evenlight.pipeline import config

@@ -14,7 +14,6 @@ import open_clip
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from train_meter import HOLD_OUT, scene_folders
 
 from evenlight.cache.errors import UsageError
 from evenlight.cache.store import Store
@@ -26,6 +25,7 @@ from evenlight.stages.images import decode
 from evenlight.stages.priors.fastsam import build_network
 from evenlight.stages.priors.prompts import tune
 from evenlight.stages.settings import Settings
+from recipes.meter.train import HOLD_OUT, scene_folders
 
 PHOTO_SIZE = 256
 NUM_SCENES = 48  # about 400 photos: more than a short run looks at

@@ -8,8 +8,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-import clip_lite0_data as data
-import clip_lite0_photos as photos
 import numpy as np
 import timm
 import torch
@@ -18,6 +16,7 @@ from torch.nn import functional as F
 
 from evenlight.stages.priors.clip import Clip
 from evenlight.stages.priors.prompts import Scorer
+from recipes.clip_lite0 import data, photos
 
 # N photos, C features
 

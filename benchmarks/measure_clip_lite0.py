@@ -1,26 +1,27 @@
 """Measure clip-lite0 as judge of exposure, on photos that its training never saw.
 
-python benchmarks/measure_clip_lite0.py --photos FOLDER [--photos FOLDER ...] \
+python -m benchmarks.measure_clip_lite0 --photos FOLDER [--photos FOLDER ...] \
     --tower efficientnet-lite0.pth --good FOLDER --triplets FOLDER [--weights FILE]
 
---photos and --tower as given to train_clip_lite0.py: the baselines are fitted on the same training
-photos, and the scenes that it held out are measured on. --good: well-exposed photos, re-exposed
-here by the camera model. --triplets: scenes with under, ref and over. Prints markdown tables.
+--photos and --tower as given to recipes.clip_lite0.train: the baselines are fitted on the same
+training photos, and the scenes that it held out are measured on. --good: well-exposed photos,
+re-exposed here by the camera model. --triplets: scenes with under, ref and over. Prints markdown
+tables.
 """
 
 import argparse
 import time
 from pathlib import Path
 
-import clip_lite0_judges as judges
-import clip_lite0_photos as photos
 import cv2
 import numpy as np
 import torch
 
+from benchmarks import clip_lite0_judges as judges
 from evenlight.stages.priors.clip import Clip, load_clip
 from evenlight.stages.priors.prompts import Scorer, spearman, zero_shot
 from evenlight.stages.settings import ClipSettings, LadderSettings
+from recipes.clip_lite0 import photos
 
 RULE_LUMA = 119 / 255
 UNSEEN = [  # under, normal, over in wordings that no training caption has

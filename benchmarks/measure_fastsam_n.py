@@ -1,6 +1,6 @@
 """How well region maps agree with people, at several exposures, beside other ways to make them.
 
-    python benchmarks/measure_fastsam_n.py --photos BSDS500 --start WEIGHTS.pt [--size 512]
+    python -m benchmarks.measure_fastsam_n --photos BSDS500 --start WEIGHTS.pt [--size 512]
 
 Prints one table.  For EV -2, 0 and +2 and for each method: segmentation covering and border F
 (fastsam_scores.py; mean over people, then photos), the share of pixels that some mask covers
@@ -23,15 +23,15 @@ from pathlib import Path
 import cv2
 import numpy as np
 import torch
-from fastsam_photos import Photo, film_rule, re_exposed, read_photos
-from fastsam_scores import border_f, mean_covering
 from numpy.typing import NDArray
 from skimage.segmentation import felzenszwalb, slic
 from torch import nn
 
+from benchmarks.fastsam_scores import border_f, mean_covering
 from evenlight.stages.priors.fastsam import FastSAM, build_network, load_segmenter
 from evenlight.stages.priors.fastsam_weights import read_weights
 from evenlight.stages.settings import RegionSettings
+from recipes.fastsam_n.photos import Photo, film_rule, re_exposed, read_photos
 
 EXPOSURES = (-2, 0, 2)
 LARGE, NUM_LARGE = 1024, 10  # long side, and photos timed at it

@@ -1,6 +1,6 @@
 """How near pseudo-ground-truth comes to real references, beside rules, baselines and ceilings.
 
-    python benchmarks/measure_pseudo_gt.py --triplets FOLDER [--brackets FOLDER] [--good FOLDER]
+    python -m benchmarks.measure_pseudo_gt --triplets FOLDER [--brackets FOLDER] [--good FOLDER]
         [--store STORE]
 
 --triplets: SCENE/under.*, ref.*, over.*.  --brackets: a sub-folder of frames per scene; every
@@ -18,7 +18,6 @@ import cv2
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from train_meter import HOLD_OUT, scene_folders, well_exposedness
 
 from evenlight.pipeline.models import Models, load_models
 from evenlight.pipeline.prompts import store_scorer
@@ -31,6 +30,7 @@ from evenlight.stages.priors.ladder import embed_photo
 from evenlight.stages.priors.prompts import Scorer, zero_shot
 from evenlight.stages.priors.pseudo_gt import choose, re_expose
 from evenlight.stages.settings import FAMILIES, LadderSettings, PseudoGTSettings, Settings
+from recipes.meter.train import HOLD_OUT, scene_folders, well_exposedness
 
 Photo = NDArray[np.uint8]
 STRENGTHS = torch.linspace(-2.6, 2.6, 105)

@@ -1,6 +1,6 @@
 """The picture of the README: photos that scikit-image ships, re-exposed, and what becomes of them.
 
-python benchmarks/readme_picture.py RUN docs/before-after.jpg
+python -m benchmarks.readme_picture RUN docs/before-after.jpg
 """
 
 import sys

@@ -1,6 +1,6 @@
 """Ratios sequential : doubling : blocked of the scan, forward and backward, in one run.
 
-    python benchmarks/scan.py [--threads 2] [--channels 32] [--lengths 1024 4096 16384 65536]
+    python -m benchmarks.scan [--threads 2] [--channels 32] [--lengths 1024 4096 16384 65536]
 
 Prints one line per length: milliseconds of each form (best of `--repeats`) and how many times
 slower than the form that `scan` chooses on this device it is.

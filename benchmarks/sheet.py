@@ -1,6 +1,6 @@
 """A contact sheet for people to look at: input, film rule, the model's output and reference.
 
-    python benchmarks/sheet.py --triplets FOLDER -m RUN --out sheet.png [--photos 24]
+    python -m benchmarks.sheet --triplets FOLDER -m RUN --out sheet.png [--photos 24]
 
 --triplets: SCENE/under.*, ref.*, over.*.  -m: the folder of a training run.  Half of the photos
 are those where the model loses most against the rule, a quarter those with the lowest PSNR, the

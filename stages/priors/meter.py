@@ -4,7 +4,7 @@ Two readings that err differently are averaged. The matrix reading is linear in 
 mean-luma rule (so that it reads the scene, not the error of its exposure) and in the mean luma of
 three zones, as a camera's matrix metering. The tone reading is a small perceptron that also sees
 the ends of the photo's own histogram, where an exposure error leaves its traces; it alone says how
-likely the photo is good. Both are learned by benchmarks/train_meter.py: the matrix reading from
+likely the photo is good. Both are learned by recipes/meter/train.py: the matrix reading from
 real brackets, the tone reading from good photos too.
 """
 
@@ -35,7 +35,7 @@ ZONES = ("centre", "top", "bottom")
 # Sets differ in which frame of a bracket they call best, and full trust fits one of them: at 1 the
 # brackets of SICE gain .6 to .9 dB by the answers fitted to but lose .8 dB by their middle frames.
 TRUST = 0.6
-# benchmarks/train_meter.py on 139 scenes of SICE; on scenes not fitted on it leaves .121 of .163
+# recipes/meter/train.py on 139 scenes of SICE; on scenes not fitted on it leaves .121 of .163
 # (root mean square of the strength beyond the rule that brackets ask for).
 BIAS = 0.6744
 WEIGHTS = (

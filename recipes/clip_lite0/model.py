@@ -1,4 +1,4 @@
-"""The network of clip-lite0 while it is trained, and its file (see train_clip_lite0.py)."""
+"""The network of clip-lite0 while it is trained, and its file (see train.py)."""
 
 import copy
 import json

@@ -1,6 +1,6 @@
 """Good photos and real brackets for clip-lite0, and their strengths on the film curve.
 
-What the recipe (train_clip_lite0.py) and the benchmark (measure_clip_lite0.py) both read.
+What the recipe (train.py) and the benchmark (benchmarks/measure_clip_lite0.py) both read.
 """
 
 import re

@@ -1,9 +1,10 @@
-"""Losses of the recipe of clip-lite0 (see train_clip_lite0.py; method.md 5)."""
+"""Losses of the recipe of clip-lite0 (see train.py)."""
 
-import clip_lite0_data as data
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from recipes.clip_lite0 import data
 
 # B samples, D embedding, W wordings, G groups, V versions, 3 classes: under, normal, over
 

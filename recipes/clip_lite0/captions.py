@@ -1,7 +1,7 @@
-"""Captions and class prompts for the recipe of clip-lite0 (see train_clip_lite0.py).
+"""Captions and class prompts for the recipe of clip-lite0 (see train.py).
 
-The ten wordings of the benchmark (measure_clip_lite0.UNSEEN) must stay out of these: no shot,
-snapshot, frame, camera, jpeg or they.
+The ten wordings of the benchmark (UNSEEN in benchmarks/measure_clip_lite0.py) must stay out of
+these: no shot, snapshot, frame, camera, jpeg or they.
 """
 
 import numpy as np

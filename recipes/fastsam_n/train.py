@@ -1,6 +1,6 @@
 """Train `fastsam-n` on human segmentations: every segment that an annotator drew is an object.
 
-    python benchmarks/train_fastsam_n.py --photos BSDS500 --start WEIGHTS.pt --out FOLDER
+    python -m recipes.fastsam_n.train --photos BSDS500 --start WEIGHTS.pt --out FOLDER
 
 WEIGHTS.pt is a COCO YOLOv8n-seg (80 classes).  Its batch norms may be folded into a scale and an
 offset: their statistics are refilled from training photos and the two changed to match, so that
@@ -22,12 +22,12 @@ from typing import Any
 
 import cv2
 import torch
-from fastsam_photos import Photo, batches_from, read_photos
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from evenlight.stages.priors.fastsam import build_network  # first: sets ultralytics' switches
 from evenlight.stages.priors.fastsam_weights import read_weights
+from recipes.fastsam_n.photos import Photo, batches_from, read_photos
 
 from ultralytics.utils.loss import v8SegmentationLoss  # isort: skip
 

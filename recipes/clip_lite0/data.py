@@ -1,4 +1,4 @@
-"""Re-exposed batches for the recipe of clip-lite0 (see train_clip_lite0.py).
+"""Re-exposed batches for the recipe of clip-lite0 (see train.py).
 
 The exposure label e of a sample is the exposure it has too much, in EV of the camera model: a good
 photo has e = 0, and a photo shifted by the camera has the shift itself. Whatever is moved along the
@@ -8,11 +8,12 @@ back to the good one: `Undo` turns t into EV, fitted on photos whose shift is kn
 
 from dataclasses import dataclass
 
-import clip_lite0_captions as captions
 import cv2
 import numpy as np
 import torch
-from clip_lite0_photos import (
+
+from recipes.clip_lite0 import captions
+from recipes.clip_lite0.photos import (
     LUMA,
     SIDE,
     Bracket,

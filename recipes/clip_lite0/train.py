@@ -1,6 +1,6 @@
 """Train clip-lite0: an open_clip model that judges exposure.
 
-python benchmarks/train_clip_lite0.py --photos FOLDER [--photos FOLDER ...] \
+python -m recipes.clip_lite0.train --photos FOLDER [--photos FOLDER ...] \
     --tower efficientnet-lite0.pth --out FOLDER
 
 A folder with a manifest.csv holds real brackets (one sub-folder per scene); any other holds good
@@ -16,16 +16,23 @@ import math
 import time
 from pathlib import Path
 
-import clip_lite0_captions as captions
-import clip_lite0_data as data
-import clip_lite0_losses
-import clip_lite0_photos as photos
 import numpy as np
 import open_clip
 import torch
 import torch.nn.functional as F
-from clip_lite0_model import SIZE, START_TOKEN, VOCABULARY, export, fuse, new_model, normalised
 from torch import Tensor, nn
+
+from recipes.clip_lite0 import captions, data, photos
+from recipes.clip_lite0 import losses as clip_losses
+from recipes.clip_lite0.model import (
+    SIZE,
+    START_TOKEN,
+    VOCABULARY,
+    export,
+    fuse,
+    new_model,
+    normalised,
+)
 
 # B samples, D embedding, 3 classes: under, normal, over
 
@@ -53,9 +60,9 @@ def train_step(
     image = F.normalize(model.encode_image(normalised([s.image for s in samples])), dim=-1)
     scale = model.logit_scale.exp().clamp(max=60)
     said, prompts = text[:CAPTIONED], text[CAPTIONED:].view(3, WORDINGS, -1)
-    losses = clip_lite0_losses.exposure_losses(image, prompts, ev, scale, VERSIONS)
+    losses = clip_losses.exposure_losses(image, prompts, ev, scale, VERSIONS)
     named = [samples[i] for i in read]
-    losses["clip"] = 0.3 * clip_lite0_losses.contrastive(image[read], said, named, scale)
+    losses["clip"] = 0.3 * clip_losses.contrastive(image[read], said, named, scale)
     return losses
 
 

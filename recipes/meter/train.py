@@ -1,7 +1,7 @@
 """Fit the meter (stages/priors/meter.py): print the table of its matrix reading, write its tone
 reading.
 
-    python benchmarks/train_meter.py --brackets FOLDER --good FOLDER [FOLDER ...] --out FILE
+    python -m recipes.meter.train --brackets FOLDER --good FOLDER [FOLDER ...] --out FILE
 
 --brackets: one sub-folder of frames per scene; every fifth scene is left for measure_pseudo_gt.py.
 --good: photos that are exposed as they should be, for the tone reading alone.  --out: the shipped
@@ -20,13 +20,13 @@ from pathlib import Path
 
 import cv2
 import numpy as np
-import tone_reading
 import torch
 from numpy.typing import NDArray
 from torch.nn import functional as F
 
 from evenlight.stages.pixels import luma, to_float
 from evenlight.stages.priors import meter, tone
+from recipes.meter import tone_reading
 
 Frame = NDArray[np.uint8]
 SIDE = 96

@@ -1,9 +1,8 @@
-"""The tone reading of the meter: its photos, its ensemble, its file (see train_meter.py)."""
+"""The tone reading of the meter: its photos, its ensemble, its file (see train.py)."""
 
 from dataclasses import dataclass
 from pathlib import Path
 
-import clip_lite0_data as camera
 import cv2
 import numpy as np
 import torch
@@ -14,6 +13,7 @@ from torch.nn import functional as F
 
 from evenlight.stages.pixels import to_bytes, to_float
 from evenlight.stages.priors import meter, tone
+from recipes.clip_lite0 import data as camera
 
 # N examples, F features
 
