@@ -209,7 +209,7 @@ def correct(
 @app.command()
 def doctor(as_json: JsonOption = False) -> None:
     """What is installed, which scan would run and why, which weights are there."""
-    from evenlight.pipeline.inspect import doctor as run
+    from evenlight.pipeline.doctor import doctor as run
 
     found = run()
     if not as_json:
@@ -227,7 +227,7 @@ def cache_info(
     as_json: JsonOption = False,
 ) -> None:
     """Counts, parts, sizes, fingerprints, and what is stale under these settings."""
-    from evenlight.pipeline.inspect import cache_info as run
+    from evenlight.pipeline.store_info import cache_info as run
 
     info = run(store, config=config, overrides=set_ or [])
     if not as_json:
@@ -242,7 +242,7 @@ def cache_verify(
     as_json: JsonOption = False,
 ) -> None:
     """Check every stored byte against its record."""
-    from evenlight.pipeline.inspect import cache_verify as run
+    from evenlight.pipeline.store_info import cache_verify as run
 
     damages = run(store, repair=repair)
     for damage in damages:
@@ -272,7 +272,7 @@ def weights_fetch(
     as_json: JsonOption = False,
 ) -> None:
     """Download official weights: the only command that opens a connection."""
-    from evenlight.pipeline.inspect import fetch_weights
+    from evenlight.pipeline.doctor import fetch_weights
 
     fetched = fetch_weights(name, out)
     stderr.print(f"wrote {fetched.path}, sha256 {fetched.sha256}")

@@ -34,7 +34,7 @@ from benchmarks.measure_pseudo_gt import Photo, bootstrap, draw_brackets
 from evenlight.cache.errors import UsageError
 from evenlight.cache.files import read_json, sha256_bytes, write_json
 from evenlight.pipeline import config
-from evenlight.pipeline.corrector import load
+from evenlight.pipeline.load import load_predictor
 from evenlight.pipeline.models import Models
 from evenlight.pipeline.train import train
 from evenlight.stages.corrector.evaluate import measure, metered, samples
@@ -178,7 +178,7 @@ def remembered(ask: Callable[[Tensor], Any]) -> Callable[[Tensor], Any]:
 
 def corrector_of(folder: Path) -> Method:
     """The corrector of a run as it ships, but for priors that are not computed twice."""
-    loaded = load(folder)
+    loaded = load_predictor(folder)
     return dataclasses.replace(loaded, models=remembering(loaded.models)).correct
 
 

@@ -5,7 +5,6 @@ import json
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
-from importlib import resources
 from pathlib import Path
 
 import cv2
@@ -25,6 +24,7 @@ from evenlight.stages.images import decode
 from evenlight.stages.priors.fastsam import build_network
 from evenlight.stages.priors.prompts import tune
 from evenlight.stages.settings import Settings
+from evenlight.stages.weights import shipped
 from recipes.meter.train import HOLD_OUT, scene_folders
 
 PHOTO_SIZE = 256
@@ -117,8 +117,8 @@ def draw_priors(work: Path, store: Path, settings: Settings) -> None:
     files = sorted((work / "photos").glob("*/*"))
     files = files[:: max(1, len(files) // NUM_CALIBRATING)]
     seen = [decode(file.read_bytes(), file.name).pixels for file in files]
-    shipped = resources.files("evenlight.stages.weights") / "clip-lite0.json"
-    about = json.loads(shipped.read_text())
+    card = shipped("clip-lite0").with_suffix(".json")
+    about = json.loads(card.read_text())
     with torch.random.fork_rng():
         torch.manual_seed(0)
         network, model = build_network("n", CLASS_BRANCH), open_clip.CLIP(**about["model_cfg"])

@@ -9,8 +9,8 @@ from pathlib import Path
 import cv2
 import numpy as np
 
-from evenlight.pipeline import corrector
 from evenlight.pipeline.demo import installed_photo
+from evenlight.pipeline.load import load_predictor
 from evenlight.stages.photo_files import jpeg_bytes
 from evenlight.stages.pixels import to_bytes, to_float
 from evenlight.stages.priors import tone
@@ -39,7 +39,7 @@ def tile(picture: np.ndarray) -> np.ndarray:
 
 
 def main(run: str, out: str) -> None:
-    loaded = corrector.load(None if run == "base" else Path(run))
+    loaded = load_predictor(None if run == "base" else Path(run))
     columns = []
     for file, shift in PHOTOS:
         photo = to_float(installed_photo("skimage/data", file))

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from evenlight.pipeline import corrector
+from evenlight.pipeline.load import LoadedCorrector, load_predictor
 from evenlight.stages.corrector.evaluate import Sample, film_rule, measure, samples
 from evenlight.stages.images import decode
 
@@ -51,7 +51,7 @@ def main() -> None:
     parser.add_argument("--photos", type=int, default=24)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    loaded = corrector.load(arguments.model)
+    loaded = load_predictor(arguments.model)
     entries = [entry(loaded, sample) for sample in samples("triplets", arguments.triplets)]
     sheet = draw(select(entries, arguments.photos))
     arguments.out.write_bytes(cv2.imencode(".png", sheet[..., ::-1])[1].tobytes())
@@ -59,7 +59,7 @@ def main() -> None:
     print(f"{arguments.out}; the model is below the rule on {lost} of {len(entries)} photos")
 
 
-def entry(loaded: corrector.LoadedCorrector, sample: Sample) -> Entry:
+def entry(loaded: LoadedCorrector, sample: Sample) -> Entry:
     """Both outputs of one photo, measured at native size."""
     assert sample.reference is not None  # triplets have one
     photo, reference = (

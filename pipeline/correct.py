@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 
 from evenlight.cache.errors import EvenlightError, PhotoError, UsageError
-from evenlight.pipeline.corrector import LoadedCorrector, load
-from evenlight.pipeline.precompute import Progress, silent
+from evenlight.pipeline.console import Progress, silent
+from evenlight.pipeline.load import LoadedCorrector, load_predictor
 from evenlight.stages.images import Photo, PhotoSource, decode, list_photos
 from evenlight.stages.photo_files import encode
 
@@ -48,7 +48,7 @@ def correct(
     photos: files, folders (walked recursively, the tree is mirrored) or HDF5 files.  model: a
     training run's folder; None is the corrector that ships.  strength: 0 (no change) to 1.
     overwrite: replace outputs of earlier runs; without it they are skipped.  config, overrides:
-    a TOML file and key=value settings (`corrector.OPEN_SETTINGS`).
+    a TOML file and key=value settings (`load.OPEN_SETTINGS`).
     Photos that cannot be corrected are listed in the report and the run goes on.  Raises
     EvenlightError where `out` cannot be written to.
     """
@@ -56,7 +56,7 @@ def correct(
         raise UsageError(f"strength must be 0 to 1, got {strength}")
     started = time.monotonic()
     jobs = _jobs(photos, out)
-    corrector = load(model, config, overrides)
+    corrector = load_predictor(model, config, overrides)
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -15,10 +15,12 @@ import numpy as np
 import torch
 
 from evenlight.cache.errors import EnvironmentLacks
-from evenlight.pipeline import config, corrector
+from evenlight.pipeline import config
+from evenlight.pipeline.console import Progress, silent
 from evenlight.pipeline.correct import correct
 from evenlight.pipeline.evaluate import Evaluation, evaluate
-from evenlight.pipeline.precompute import Progress, precompute, regenerate, silent
+from evenlight.pipeline.load import LoadedCorrector, load_predictor
+from evenlight.pipeline.precompute import precompute, regenerate
 from evenlight.pipeline.prompts import tune_clip
 from evenlight.pipeline.report import Example, write_report
 from evenlight.pipeline.train import train
@@ -83,7 +85,7 @@ def demo(
         out / "report.html",
         title="evenlight demo",
         notes=notes,
-        examples=_examples(out, corrector.load(run)),
+        examples=_examples(out, load_predictor(run)),
         evaluation=evaluation,
     )
     return DemoResult(
@@ -117,7 +119,7 @@ def _write_inputs(out: Path, originals: dict[str, np.ndarray]) -> None:
             (folder / f"{stem}.jpg").write_bytes(jpeg_bytes(to_bytes(copy).numpy()))
 
 
-def _examples(out: Path, loaded: corrector.LoadedCorrector) -> list[Example]:
+def _examples(out: Path, loaded: LoadedCorrector) -> list[Example]:
     """Held-out photos first, then the ones trained on."""
     paths = sorted((out / "held-out").glob("*/*er.jpg")) + sorted((out / "photos").glob("*.jpg"))
     examples = []

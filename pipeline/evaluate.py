@@ -16,8 +16,8 @@ import torch
 from evenlight.cache.errors import PhotoError, UsageError
 from evenlight.cache.files import sha256_bytes
 from evenlight.cache.schema import fingerprint
-from evenlight.pipeline.corrector import LoadedCorrector, load
-from evenlight.pipeline.precompute import Progress, silent
+from evenlight.pipeline.console import Progress, silent
+from evenlight.pipeline.load import LoadedCorrector, load_predictor
 from evenlight.stages.corrector.evaluate import (
     BASELINES,
     ORACLES,
@@ -111,7 +111,7 @@ def evaluate(
 
     models: folders of training runs.  data: "LAYOUT:PATH", layouts as in
     `stages.corrector.evaluate.LAYOUTS`.  config, overrides: a TOML file and key=value settings
-    (`corrector.OPEN_SETTINGS`).  Raises UsageError where a set or a photo of it cannot be used:
+    (`load.OPEN_SETTINGS`).  Raises UsageError where a set or a photo of it cannot be used:
     a mean over fewer photos would be another figure.
     """
     photos = {name: samples(*_split(name)) for name in data}
@@ -119,7 +119,7 @@ def evaluate(
     for path in models:
         if str(path) in methods:
             raise UsageError(f"model {path} is named twice")
-        corrector = load(path, config, overrides)
+        corrector = load_predictor(path, config, overrides)
         methods[f"pseudo-GT of {path}"] = _pseudo_gt_method(corrector)
         methods[str(path)] = _corrector_method(corrector)
     rows: list[Row] = []

@@ -43,6 +43,15 @@ def load_models(settings: Settings) -> Models:
     return Models(_segmenter(settings.regions, device), _clip(settings.clip, device))
 
 
+def priors_of(models: Models, prompts: str) -> dict[str, str]:
+    """Fingerprints of the priors a corrector depends on."""
+    return {
+        "segmenter": models.segmenter.fingerprint,
+        "clip": models.clip.fingerprint,
+        "prompts": prompts,
+    }
+
+
 def choose_device(name: str) -> str:
     """ "auto" becomes cuda where there is one, else cpu."""
     if name == "auto":

@@ -10,7 +10,7 @@ import dataclasses
 import functools
 import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -19,6 +19,7 @@ from evenlight.cache.files import sha256_bytes
 from evenlight.cache.schema import EMPTY_SLOT, FAILED, PARTS, Index, PhotoRecord
 from evenlight.cache.store import Store
 from evenlight.pipeline import config, schedule
+from evenlight.pipeline.console import Progress, silent
 from evenlight.pipeline.models import Models, load_models
 from evenlight.pipeline.plan import UnitPlan, made_by, part_fingerprint, plan_unit
 from evenlight.pipeline.prompts import store_scorer
@@ -34,8 +35,6 @@ from evenlight.stages.images import PhotoSource, list_photos
 from evenlight.stages.settings import Settings
 
 log = logging.getLogger(__name__)
-Progress = Callable[[str, int, int], None]
-"""(what is counted, done, of how many); called from the main thread."""
 
 
 @dataclass(kw_only=True)
@@ -49,10 +48,6 @@ class RunReport:
     parts_made: dict[str, int] = field(default_factory=dict)  # part -> units
     photos_made: int = 0
     seconds: float = 0.0
-
-
-def silent(what: str, done: int, total: int) -> None:
-    """The progress of a run that nobody watches."""
 
 
 def precompute(

@@ -12,9 +12,9 @@ from evenlight.cache.errors import StoreError, UsageError
 from evenlight.cache.files import atomic_write
 from evenlight.cache.store import Store
 from evenlight.pipeline import config
-from evenlight.pipeline.models import Models, choose_device, load_models
+from evenlight.pipeline.console import Progress, silent
+from evenlight.pipeline.models import Models, choose_device, load_models, priors_of
 from evenlight.pipeline.plan import made_by, recorded_plans
-from evenlight.pipeline.precompute import Progress, silent
 from evenlight.pipeline.prompts import store_scorer
 from evenlight.pipeline.rounds import chooser, recorded_round
 from evenlight.stages.corrector.inputs import at_working_size
@@ -71,15 +71,6 @@ def train(
         device=device,
         on_progress=lambda step, steps, record: on_progress("steps", step, steps),
     )
-
-
-def priors_of(models: Models, prompts: str) -> dict[str, str]:
-    """Fingerprints of the priors a corrector depends on."""
-    return {
-        "segmenter": models.segmenter.fingerprint,
-        "clip": models.clip.fingerprint,
-        "prompts": prompts,
-    }
 
 
 def refuse_stale(store: Store, settings: Settings, models: Models, prompts: str) -> None:

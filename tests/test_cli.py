@@ -1,5 +1,6 @@
 """The command line: exit codes, what goes to which stream, a surface that cannot creep, signals."""
 
+import importlib.metadata
 import json
 import os
 import signal
@@ -19,9 +20,10 @@ from evenlight import cli
 from evenlight.cache.errors import EvenlightError, StoreError
 from evenlight.cache.store import Store
 from evenlight.pipeline import config
-from evenlight.pipeline.inspect import cache_verify, doctor
+from evenlight.pipeline.doctor import doctor
 from evenlight.pipeline.models import Models
 from evenlight.pipeline.precompute import precompute
+from evenlight.pipeline.store_info import cache_verify
 from evenlight.stages.corrector.training import NonFinite
 
 SMALL = ["photo.size=64", "run.unit_size=2", "ladder.regions=3"]
@@ -58,9 +60,8 @@ def store(tmp_path):
 
 @pytest.fixture
 def toy_loaders(monkeypatch):
-    for module in ("precompute", "corrector"):
+    for module in ("precompute", "load", "store_info"):
         monkeypatch.setattr(f"evenlight.pipeline.{module}.load_models", toys)
-    monkeypatch.setattr("evenlight.pipeline.models.load_models", toys)
 
 
 def surface() -> dict[str, set[str]]:
@@ -153,7 +154,7 @@ def test_exit_4_where_the_environment_lacks_something(tmp_path, monkeypatch, cap
     write_photos(tmp_path / "photos", 1)
     model = save_toy_corrector(tmp_path / "model")
     arguments = ("correct", tmp_path / "photos", "-o", tmp_path / "out")
-    monkeypatch.setattr("evenlight.pipeline.corrector.SHIPPED", tmp_path / "none")
+    monkeypatch.setattr("evenlight.stages.weights.FOLDER", tmp_path / "none")
     assert run_cli(monkeypatch, *arguments) == 4
     assert "no corrector ships with this version" in capsys.readouterr().err
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
@@ -175,7 +176,7 @@ def test_errors_end_with_one_sentence_and_their_code(error, code, monkeypatch, c
     def fail(*_, **__):
         raise error
 
-    monkeypatch.setattr("evenlight.pipeline.inspect.doctor", fail)
+    monkeypatch.setattr("evenlight.pipeline.doctor.doctor", fail)
     assert run_cli(monkeypatch, "doctor") == code
     said = capsys.readouterr()
     assert said.err == f"evenlight: {error}\n" and said.out == ""
@@ -308,18 +309,21 @@ def test_doctor_says_what_is_there_and_which_scan_runs(monkeypatch, capsys):
     assert "mamba-ssm: " in text and "why: " in text
 
 
-def test_doctor_exits_4_naming_what_is_lacking_even_torch(monkeypatch, capsys):
-    from evenlight.pipeline import inspect
+def test_doctor_exits_4_naming_what_is_lacking_even_torch(tmp_path, monkeypatch, capsys):
+    real, missing = importlib.metadata.version, ("torch", "zarr")
 
-    real = inspect._version
-    missing = ("torch", "zarr")
-    monkeypatch.setattr(inspect, "_version", lambda name: "" if name in missing else real(name))
-    monkeypatch.setattr(inspect, "_weights", lambda name: "")
+    def version(name):
+        if name in missing:
+            raise importlib.metadata.PackageNotFoundError(name)
+        return real(name)
+
+    monkeypatch.setattr("importlib.metadata.version", version)
+    monkeypatch.setattr("evenlight.stages.weights.FOLDER", tmp_path)
     assert doctor()["lacks"] == ["torch", "zarr", "fastsam-n", "clip-lite0", "meter"]
     assert run_cli(monkeypatch, "doctor") == 4
     code = (
         "import sys; sys.modules['torch'] = sys.modules['zarr'] = None\n"
-        "from evenlight.pipeline.inspect import doctor"
+        "from evenlight.pipeline.doctor import doctor"
     )
     subprocess.run([sys.executable, "-c", code], check=True, cwd="/")
 

@@ -15,6 +15,7 @@ from skimage import data as photos
 from torch.nn import functional as F
 
 from evenlight.cache.errors import EnvironmentLacks, UsageError
+from evenlight.stages import weights
 from evenlight.stages.priors import clip as clip_module
 from evenlight.stages.priors.clip import Clip, load_clip
 from evenlight.stages.settings import ClipSettings
@@ -228,7 +229,7 @@ def test_import_switches_the_hub_off() -> None:
 
 
 def test_shipped_weights_are_small_and_half_precision() -> None:
-    path = Path(clip_module.__file__).parents[1] / "weights" / "clip-lite0.safetensors"
+    path = weights.shipped("clip-lite0")
     assert path.stat().st_size < 23_000_000
     kinds = {t.dtype for t in load_file(path).values() if t.is_floating_point()}
     assert kinds == {torch.float16}

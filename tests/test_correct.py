@@ -19,8 +19,8 @@ from toy_corrector import run_cli, save_toy_corrector, toy_models
 
 from evenlight.cache.errors import EvenlightError, UsageError
 from evenlight.pipeline import correct as command
-from evenlight.pipeline import corrector
 from evenlight.pipeline.correct import correct
+from evenlight.pipeline.load import load_predictor
 from evenlight.stages.images import decode
 from evenlight.stages.pixels import to_bytes, to_float
 from evenlight.stages.priors import tone
@@ -36,7 +36,7 @@ def model(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def toys(monkeypatch):
-    monkeypatch.setattr("evenlight.pipeline.corrector.load_models", toy_models)
+    monkeypatch.setattr("evenlight.pipeline.load.load_models", toy_models)
 
 
 def dark(*shape: int, dtype: type = np.uint8, seed: int = 0) -> np.ndarray:
@@ -336,7 +336,7 @@ def test_a_folder_without_photos_is_bad_usage(model, tmp_path, monkeypatch):
 def test_a_photo_that_clip_surely_finds_good_stays_as_it_is(sure, model, tmp_path, monkeypatch):
     logits = torch.log(torch.tensor([[(1 - sure) / 2, sure, (1 - sure) / 2]]))
     monkeypatch.setattr(Scorer, "logits", lambda self, embeddings: logits)
-    loaded = corrector.load(model)
+    loaded = load_predictor(model)
     photo = to_bytes(tone.apply("film", to_float(picture(64, 96, 3)), 0.2)).numpy()
     assert np.array_equal(loaded.correct(photo), photo) == (sure > 0.7)
     night = to_bytes(tone.apply("film", to_float(picture(64, 96, 3)), -2.0)).numpy()

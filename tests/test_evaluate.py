@@ -49,7 +49,7 @@ LAYOUTS = {
 
 @pytest.fixture(autouse=True)
 def toys(monkeypatch):
-    monkeypatch.setattr("evenlight.pipeline.corrector.load_models", toy_models)
+    monkeypatch.setattr("evenlight.pipeline.load.load_models", toy_models)
 
 
 @pytest.fixture(scope="module")
@@ -236,7 +236,7 @@ def table(tmp_path_factory):
     write(folder / "pairs/input/a.png", scene(-1.0, seed=9))
     write(folder / "pairs/reference/a.png", scene(0.0, seed=9))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("evenlight.pipeline.corrector.load_models", toy_models)
+        patch.setattr("evenlight.pipeline.load.load_models", toy_models)
         return evaluate([first, second], [f"triplets:{triplets}", f"pairs:{folder / 'pairs'}"])
 
 

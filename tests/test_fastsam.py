@@ -1,8 +1,5 @@
 """FastSAM: features, decoding, region maps, and the shipped weights on drawn shapes."""
 
-from importlib.resources import files
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
@@ -11,8 +8,9 @@ from evenlight.cache.errors import UsageError
 from evenlight.stages.priors import fastsam
 from evenlight.stages.priors.fastsam import load_network, load_segmenter
 from evenlight.stages.settings import RegionSettings
+from evenlight.stages.weights import shipped
 
-SHIPPED = Path(str(files("evenlight.stages.weights") / "fastsam-n.safetensors"))
+SHIPPED = shipped("fastsam-n")
 
 
 @pytest.fixture(scope="module")

@@ -5,8 +5,6 @@ import subprocess
 import sys
 import zipfile
 from hashlib import sha256
-from importlib.resources import files
-from pathlib import Path
 
 import pytest
 import torch
@@ -16,8 +14,9 @@ from evenlight.cache.errors import EnvironmentLacks
 from evenlight.stages.priors import fastsam
 from evenlight.stages.priors.fastsam import load_network, load_segmenter
 from evenlight.stages.settings import RegionSettings
+from evenlight.stages.weights import shipped
 
-SHIPPED = Path(str(files("evenlight.stages.weights") / "fastsam-n.safetensors"))
+SHIPPED = shipped("fastsam-n")
 
 
 def load(path):
@@ -174,6 +173,7 @@ import cv2, torch
 cv2.setNumThreads(3); torch.set_num_threads(2)
 from evenlight.stages.priors.fastsam import load_segmenter
 from evenlight.stages.settings import RegionSettings
+from evenlight.stages.weights import shipped
 load_segmenter(RegionSettings())
 assert cv2.getNumThreads() == 3 and torch.get_num_threads() == 2
 assert "OMP_NUM_THREADS" not in os.environ

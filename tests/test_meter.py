@@ -91,7 +91,7 @@ def test_missing_or_damaged_weights_are_named(content, tmp_path, monkeypatch):
     file = tmp_path / "meter.safetensors"
     if content is not None:
         file.write_bytes(content)
-    monkeypatch.setattr(meter, "SHIPPED", file)
+    monkeypatch.setattr("evenlight.stages.weights.FOLDER", tmp_path)
     meter._networks.cache_clear()
     try:
         with pytest.raises(EnvironmentLacks, match=str(file)):

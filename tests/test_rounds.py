@@ -302,7 +302,7 @@ def test_a_corrector_of_another_segmenter_is_refused(store, tmp_path):
 def test_the_command_line_makes_shows_and_refuses_rounds(
     store, corrector, tmp_path, monkeypatch, capsys
 ):
-    monkeypatch.setattr("evenlight.pipeline.models.load_models", toys)
+    monkeypatch.setattr("evenlight.pipeline.store_info.load_models", toys)
     residual = save_proposer(tmp_path / "residual", head="residual")
     assert run_cli(monkeypatch, "regenerate", "-s", store, "-m", residual) == 2
     assert run_cli(monkeypatch, "regenerate", "-s", store, "-m", tmp_path / "none") == 3

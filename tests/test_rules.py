@@ -89,6 +89,44 @@ def test_the_rules_can_fail(planted):
     assert violations(planted, "pipeline/planted.py")
 
 
+def floors(imported: dict[str, set[str]]) -> dict[str, int]:
+    """module -> longest chain of imports below it and itself.  imported: module -> modules."""
+    found: dict[str, int] = {}
+
+    def floor(name: str) -> int:
+        if name not in found:
+            found[name] = 1 + max(map(floor, imported[name]), default=0)
+        return found[name]
+
+    return {name: floor(name) for name in imported}
+
+
+def imported_siblings(source: str, package: str) -> set[str]:
+    """Modules of `package` that a file imports, anywhere in it."""
+    found = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.ImportFrom) and node.module == package:
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module.startswith(f"{package}."):
+            found.add(node.module.removeprefix(f"{package}."))
+    return found
+
+
+def test_the_pipeline_has_at_most_six_floors():
+    modules = [p for p in (ROOT / "pipeline").glob("*.py") if p.name != "__init__.py"]
+    imported = {
+        p.stem: imported_siblings(p.read_text(encoding="utf-8"), "evenlight.pipeline")
+        for p in modules
+    }
+    assert max(floors(imported).values()) <= 6, floors(imported)
+
+
+def test_floors_are_counted_by_the_longest_chain():
+    assert floors({"a": {"b", "c"}, "b": {"c"}, "c": set()}) == {"a": 3, "b": 2, "c": 1}
+    source = "def f():\n    from evenlight.pipeline.plan import x\nfrom evenlight.pipeline import y"
+    assert imported_siblings(source, "evenlight.pipeline") == {"plan", "y"}
+
+
 def run_python(code: str) -> str:
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd="/"

@@ -38,7 +38,8 @@ import torch
 torch.set_num_threads(1)
 from pathlib import Path
 from evenlight.pipeline.demo import PHOTOS, demo
-from evenlight.pipeline.inspect import cache_info, cache_verify, doctor
+from evenlight.pipeline.doctor import doctor
+from evenlight.pipeline.store_info import cache_info, cache_verify
 
 out = Path(sys.argv[1])
 result = demo(out, overrides=sys.argv[2:], photos=PHOTOS[-4:])

@@ -9,8 +9,7 @@ from toys import ToyClip, ToySegmenter
 
 from evenlight import cli
 from evenlight.pipeline import config
-from evenlight.pipeline.models import Models
-from evenlight.pipeline.train import priors_of
+from evenlight.pipeline.models import Models, priors_of
 from evenlight.stages.corrector.checkpoint import save_corrector
 from evenlight.stages.corrector.network import Corrector
 from evenlight.stages.priors.prompts import zero_shot

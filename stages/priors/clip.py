@@ -14,7 +14,6 @@ import json
 import logging
 import os
 from collections.abc import Sequence
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +31,7 @@ from torch.nn import functional as F
 from evenlight.cache.errors import EnvironmentLacks, UsageError
 from evenlight.cache.files import canonical_json, sha256_bytes, sha256_file
 from evenlight.stages.settings import ClipSettings
+from evenlight.stages.weights import shipped
 
 SHIPPED = "clip-lite0"
 CHUNK = 64  # photos per forward where no gradient is asked: bounds memory, costs nothing
@@ -175,35 +175,33 @@ def load_clip(settings: ClipSettings, device: str = "cpu") -> Clip:
 
 
 def _load_shipped(settings: ClipSettings, device: str) -> Clip:
-    folder = resources.files("evenlight.stages.weights")
-    with resources.as_file(folder / f"{SHIPPED}.json") as config_path:
-        if not config_path.is_file():
-            raise EnvironmentLacks(f"{config_path} is missing: this install is damaged, reinstall")
-        config = json.loads(config_path.read_text())
+    weights = shipped(SHIPPED)
+    path = _weights_file(settings) if settings.weights else weights
+    config_path = weights.with_suffix(".json")
+    for file in (config_path, path):
+        if not file.is_file():
+            raise EnvironmentLacks(f"{file} is missing: this install is damaged, reinstall")
+    config = json.loads(config_path.read_text())
     own = config["preprocess_cfg"]
-    with resources.as_file(folder / f"{SHIPPED}.safetensors") as shipped:
-        path = _weights_file(settings) if settings.weights else shipped
-        if not path.is_file():
-            raise EnvironmentLacks(f"{path} is missing: this install is damaged, reinstall")
-        model = open_clip.CLIP(**config["model_cfg"])
-        try:
-            load_checkpoint(model, str(path), weights_only=True)
-        except Exception as error:
-            raise EnvironmentLacks(_unreadable(path, SHIPPED, error)) from error
-        tokenizer = open_clip.SimpleTokenizer(
-            context_length=config["model_cfg"]["text_cfg"]["context_length"]
-        )
-        mean, std = _triple(settings.mean, "mean"), _triple(settings.std, "std")
-        return _clip(
-            model,
-            tokenizer,
-            settings,
-            path,
-            device,
-            mean=mean or own["mean"],
-            std=std or own["std"],
-            side=settings.image_size or own["size"],
-        )
+    model = open_clip.CLIP(**config["model_cfg"])
+    try:
+        load_checkpoint(model, str(path), weights_only=True)
+    except Exception as error:
+        raise EnvironmentLacks(_unreadable(path, SHIPPED, error)) from error
+    tokenizer = open_clip.SimpleTokenizer(
+        context_length=config["model_cfg"]["text_cfg"]["context_length"]
+    )
+    mean, std = _triple(settings.mean, "mean"), _triple(settings.std, "std")
+    return _clip(
+        model,
+        tokenizer,
+        settings,
+        path,
+        device,
+        mean=mean or own["mean"],
+        std=std or own["std"],
+        side=settings.image_size or own["size"],
+    )
 
 
 def _clip(

@@ -11,7 +11,6 @@ import sys
 import tempfile
 from dataclasses import dataclass
 from hashlib import sha256
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +26,7 @@ from evenlight.cache.errors import EnvironmentLacks
 from evenlight.stages.priors.fastsam_weights import WHERE, read_weights, unusable
 from evenlight.stages.priors.region_map import distinct, on_edges, region_map
 from evenlight.stages.settings import RegionSettings
+from evenlight.stages.weights import shipped
 
 
 def _import_ultralytics() -> Any:
@@ -84,9 +84,8 @@ def load_segmenter(settings: RegionSettings, device: str | torch.device = "cpu")
     Raises EnvironmentLacks where the file is missing, is no FastSAM, or holds more than weights.
     """
     path = Path(settings.segmenter).expanduser()
-    shipped = Path(str(files("evenlight.stages.weights") / f"{settings.segmenter}.safetensors"))
-    if path.name == settings.segmenter and shipped.is_file():
-        path = shipped
+    if path.name == settings.segmenter and shipped(path.name).is_file():
+        path = shipped(path.name)
     if not path.is_file():
         raise EnvironmentLacks(f"FastSAM weights not found: {path} is not a file; {WHERE}")
     fingerprint = sha256(path.read_bytes()).hexdigest()

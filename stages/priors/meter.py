@@ -11,8 +11,6 @@ real brackets, the tone reading from good photos too.
 # B batch, Q quantiles, F features, N networks of the ensemble, H hidden units
 
 import functools
-from importlib.resources import files
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -25,6 +23,7 @@ from evenlight.cache.errors import EnvironmentLacks
 from evenlight.cache.files import sha256_file
 from evenlight.stages.pixels import luma
 from evenlight.stages.priors import tone
+from evenlight.stages.weights import shipped
 
 FAMILY = "film"
 MAX_OFFSET = 0.6  # beyond the rule's strength, of what the matrix reading was learned from
@@ -70,7 +69,6 @@ BIN_EDGES = (1.5, 3.5, 7.5, 15.5, 31.5, 63.5, 127.5, 191.5, 223.5, 239.5, 247.5,
 BLACK = (1, 4)  # of 255: luma that holds no detail, and from which it holds all
 DETAIL_SHARES = (0.5, 0.8)  # of pixels with detail: what few and enough are
 OUTPUT_SCALE = 0.3  # strength per unit that a network answers
-SHIPPED = Path(str(files("evenlight.stages.weights") / "meter.safetensors"))
 
 
 class Reading(NamedTuple):
@@ -106,7 +104,7 @@ def matrix_strength(rgb_B3HW: Tensor, family: str) -> Tensor:
 @functools.cache
 def fingerprint() -> str:
     """Of the weights that ship."""
-    return sha256_file(SHIPPED)
+    return sha256_file(shipped("meter"))
 
 
 def matrix_features(small_B3SS: Tensor) -> Tensor:
@@ -171,11 +169,12 @@ def _tone_reading(features_BF: Tensor) -> tuple[Tensor, Tensor]:
 @functools.cache
 def _networks() -> dict[str, Tensor]:
     """mean, scale F; hidden.weight N,H,F; hidden.bias N,H; last.weight N,2,H; last.bias N,2."""
+    path = shipped("meter")
     try:
-        return load_file(SHIPPED)
+        return load_file(path)
     except (SafetensorError, OSError) as error:
         raise EnvironmentLacks(
-            f"weights of the meter {SHIPPED} cannot be used ({error}): install evenlight again"
+            f"weights of the meter {path} cannot be used ({error}): install evenlight again"
         ) from error
 
 

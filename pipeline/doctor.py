@@ -1,19 +1,16 @@
-"""What is installed and what a store holds: doctor, cache info, cache verify, weights fetch."""
+"""What is installed, and official weights from elsewhere: doctor, weights fetch."""
 
 import http.client
 import importlib.metadata
 import platform
 import urllib.request
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from evenlight.cache.errors import EnvironmentLacks, EvenlightError, UsageError
 from evenlight.cache.files import atomic_write, sha256_bytes
-
-if TYPE_CHECKING:  # zarr, which doctor must be able to miss
-    from evenlight.cache.schema import Damage
+from evenlight.stages.weights import shipped
 
 PRIORS = ("fastsam-n", "clip-lite0", "meter")  # weights that ship
 PACKAGES = (
@@ -56,7 +53,8 @@ def doctor() -> dict[str, Any]:
     "lacks" lists what the commands cannot do without; it is empty on a healthy machine.
     """
     versions = {name: _version(name) for name in PACKAGES}
-    weights = {name: _weights(name) for name in (*PRIORS, "base/corrector")}
+    weights = {name: _sha256(shipped(name)) for name in PRIORS}
+    weights["base/corrector"] = _sha256(shipped("base") / "corrector.safetensors")
     lacks = [name for name, found in versions.items() if not found and name not in OPTIONAL]
     lacks += [name for name in PRIORS if not weights[name]]
     return {
@@ -81,54 +79,6 @@ def _machine() -> dict[str, Any]:
         "device": torch.cuda.get_device_name() if cuda else threads,
         "scan": {"runs": scan, "why": reason},
     }
-
-
-def cache_info(
-    store: Path, *, config: Path | None = None, overrides: Sequence[str] = ()
-) -> dict[str, Any]:
-    """Counts, parts, sizes and fingerprints of a store, and which units are stale or missing.
-
-    config, overrides: settings to compare it with, on top of its own.
-    """
-    from evenlight.cache.store import Store
-    from evenlight.pipeline.config import build
-    from evenlight.pipeline.models import load_models
-    from evenlight.pipeline.plan import made_by, recorded_plans
-    from evenlight.pipeline.prompts import prompts_info
-    from evenlight.pipeline.rounds import chooser, recorded_round
-
-    with Store.open(store) as source:
-        info = source.info()
-        if not source.index.num_units:
-            return info
-        settings = build(config, overrides, base=source.index.settings)
-        info["prompts"] = prompts_info(source.path)
-        made = recorded_round(source.path)
-        info["round"] = asdict(made)
-        try:
-            judge = chooser(info["prompts"]["fingerprint"], made.proposer)
-            makers = made_by(load_models(settings), judge)
-        except EnvironmentLacks as error:
-            info["stale"] = f"unknown: {error}"
-        else:
-            plans = recorded_plans(source, settings, makers)
-            info["stale"] = {str(plan.unit): plan.reason for plan in plans if plan.todo}
-    return info
-
-
-def cache_verify(store: Path, *, repair: bool = False) -> "list[Damage]":
-    """Check every stored byte against its record.  repair: forget damaged parts, so that
-    `evenlight precompute` remakes exactly them."""
-    from evenlight.cache.store import Store
-
-    opened = Store.create_or_open(store) if repair and store.is_dir() else Store.open(store)
-    with opened as source:
-        damages = source.verify()
-        if repair:
-            for damage in damages:
-                if damage.unit is not None and damage.part:
-                    source.drop(damage.unit, damage.part)
-    return damages
 
 
 def fetch_weights(name: str, folder: Path) -> FetchedWeights:
@@ -166,7 +116,6 @@ def _version(package: str) -> str:
         return ""
 
 
-def _weights(name: str) -> str:
-    """sha256 of shipped weights; empty where they are not there."""
-    path = Path(__file__).parent.parent / "stages" / "weights" / f"{name}.safetensors"
+def _sha256(path: Path) -> str:
+    """Of a file; empty where it is not there."""
     return sha256_bytes(path.read_bytes()) if path.is_file() else ""

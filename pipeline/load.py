@@ -10,8 +10,7 @@ import torch
 
 from evenlight.cache.errors import EnvironmentLacks, StoreError, UsageError
 from evenlight.pipeline import config
-from evenlight.pipeline.models import Models, choose_device, load_models
-from evenlight.pipeline.train import priors_of
+from evenlight.pipeline.models import Models, choose_device, load_models, priors_of
 from evenlight.stages.corrector.apply import Maps, correct_pixels, fit_maps, meet_meter
 from evenlight.stages.corrector.checkpoint import load_corrector
 from evenlight.stages.corrector.inputs import at_working_size, prior_features, rule_corrected
@@ -23,8 +22,8 @@ from evenlight.stages.priors.ladder import embed_photo
 from evenlight.stages.priors.prompts import Scorer
 from evenlight.stages.priors.pseudo_gt import choose, well_exposed
 from evenlight.stages.settings import Settings
+from evenlight.stages.weights import shipped
 
-SHIPPED = Path(__file__).parent.parent / "stages" / "weights" / "base"
 # What may differ from training: where it runs, which photos are too large, and where weights lie
 # (their content is checked).  Everything else is part of what the corrector learned.
 OPEN_SETTINGS = (
@@ -83,7 +82,7 @@ class LoadedCorrector:
         )
 
 
-def load(
+def load_predictor(
     path: Path | None, config_file: Path | None = None, overrides: Sequence[str] = ()
 ) -> LoadedCorrector:
     """The corrector of a training run's folder, or the shipped one for None.
@@ -91,8 +90,8 @@ def load(
     config_file, overrides: settings among OPEN_SETTINGS.  Raises StoreError where the priors here
     are not those it was trained with.
     """
-    folder = path or SHIPPED
-    if path is None and not SHIPPED.is_dir():
+    folder = path or shipped("base")
+    if path is None and not folder.is_dir():
         raise EnvironmentLacks(
             "no corrector ships with this version: train one and name its folder with -m"
         )

@@ -1,0 +1,54 @@
+"""What a store holds and whether it is whole: cache info, cache verify."""
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from evenlight.cache.errors import EnvironmentLacks
+from evenlight.cache.schema import Damage
+from evenlight.cache.store import Store
+from evenlight.pipeline.config import build
+from evenlight.pipeline.models import load_models
+from evenlight.pipeline.plan import made_by, recorded_plans
+from evenlight.pipeline.prompts import prompts_info
+from evenlight.pipeline.rounds import chooser, recorded_round
+
+
+def cache_info(
+    store: Path, *, config: Path | None = None, overrides: Sequence[str] = ()
+) -> dict[str, Any]:
+    """Counts, parts, sizes and fingerprints of a store, and which units are stale or missing.
+
+    config, overrides: settings to compare it with, on top of its own.
+    """
+    with Store.open(store) as source:
+        info = source.info()
+        if not source.index.num_units:
+            return info
+        settings = build(config, overrides, base=source.index.settings)
+        info["prompts"] = prompts_info(source.path)
+        made = recorded_round(source.path)
+        info["round"] = asdict(made)
+        try:
+            judge = chooser(info["prompts"]["fingerprint"], made.proposer)
+            makers = made_by(load_models(settings), judge)
+        except EnvironmentLacks as error:
+            info["stale"] = f"unknown: {error}"
+        else:
+            plans = recorded_plans(source, settings, makers)
+            info["stale"] = {str(plan.unit): plan.reason for plan in plans if plan.todo}
+    return info
+
+
+def cache_verify(store: Path, *, repair: bool = False) -> list[Damage]:
+    """Check every stored byte against its record.  repair: forget damaged parts, so that
+    `evenlight precompute` remakes exactly them."""
+    opened = Store.create_or_open(store) if repair and store.is_dir() else Store.open(store)
+    with opened as source:
+        damages = source.verify()
+        if repair:
+            for damage in damages:
+                if damage.unit is not None and damage.part:
+                    source.drop(damage.unit, damage.part)
+    return damages
