@@ -93,27 +93,16 @@ def tune_clip(
 @app.command()
 def regenerate(
     store: StoreOption,
-    model: Annotated[
-        Path | None,
-        typer.Option(
-            "-m",
-            "--model",
-            help="Folder of a training run whose corrector proposes; default: none.",
-        ),
-    ] = None,
     config: ConfigOption = None,
     set_: SetOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Remake scores and pseudo-ground-truth from cached tensors, where what chooses them changed.
-
-    With a trained corrector as proposer this is a round: train again on what it makes.
-    """
+    """Remake scores and pseudo-ground-truth from the cache, where what chooses them changed."""
     from evenlight.pipeline.precompute import regenerate as run
 
     settings = _store_settings(store, config, set_)
     with progress() as on_progress:
-        report = run(store, settings=settings, model=model, on_progress=on_progress)
+        report = run(store, settings=settings, on_progress=on_progress)
     _finish_run(report, as_json)  # photos that failed did so in precompute: not a failure here
 
 

@@ -10,8 +10,8 @@ there is not made again, so that a killed run goes on.  The table is printed aft
 --limit-scenes: for a trial, no more scenes in training nor in measured sets.
 
 A seed decides initial values and draws, the same for all variants.  Runs are short and photos
-small, so differences count and not the figures themselves.  The random priors are one draw, and
-one corrector proposes the round: the spread over seeds holds neither.
+small, so differences count and not the figures themselves.  The random priors are one draw: the
+spread over seeds does not hold it.
 """
 
 import argparse
@@ -71,7 +71,6 @@ VARIANTS = {
     "channel-attention": Variant(overrides=("network.attention=channel",)),
     "convolution": Variant(overrides=("network.size=small-conv",)),
     "random-priors": Variant("random"),
-    "one-round": Variant("round"),
 }
 
 

@@ -18,7 +18,7 @@ from evenlight.cache.errors import UsageError
 from evenlight.cache.store import Store
 from evenlight.pipeline import config, prompts
 from evenlight.pipeline.models import load_models
-from evenlight.pipeline.precompute import precompute, regenerate
+from evenlight.pipeline.precompute import precompute
 from evenlight.stages.corrector.inputs import rule_corrected
 from evenlight.stages.images import decode
 from evenlight.stages.priors.fastsam import build_network
@@ -100,12 +100,6 @@ def force_tuned_prompts(work: Path, store: Path, settings: Settings) -> None:
     print(f"tuned prompts, accepted: {result.accepted}: {result.report}", flush=True)
 
 
-def make_round(work: Path, store: Path, settings: Settings) -> None:
-    """Pseudo-GT of a second round, proposed by the full method's corrector of the first seed."""
-    proposer = sorted((work / "full").glob("*/corrector.json"))[0].parent
-    regenerate(store, settings=settings, model=proposer)
-
-
 def draw_priors(work: Path, store: Path, settings: Settings) -> None:
     """A FastSAM and a CLIP of the shipped architectures, never trained, where settings name them.
 
@@ -156,5 +150,4 @@ STORES = {
             "clip.weights={work}/random/clip-lite0.safetensors",
         ),
     ),
-    "round": Recipe(copied_from="full", prepare=make_round),
 }

@@ -11,6 +11,7 @@ from typing import Protocol
 from evenlight.cache.schema import PARTS, SCHEMA, ArraySpec, PhotoRecord, UnitRecord, fingerprint
 from evenlight.cache.store import Store
 from evenlight.pipeline.config import values_affecting
+from evenlight.stages.priors import meter
 from evenlight.stages.settings import Settings
 
 BY_CONTENT = ("regions.segmenter", "clip.weights")  # covered by the model's own fingerprint
@@ -130,13 +131,19 @@ class Makers(Protocol):
     def clip(self) -> _Fingerprinted: ...
 
 
-def made_by(models: Makers, chooser: str) -> dict[str, str]:
-    """part -> fingerprint of what makes it.  chooser: of what chooses pseudo-GT (rounds.py)."""
+def made_by(models: Makers, prompts: str) -> dict[str, str]:
+    """part -> fingerprint of what makes it.  prompts: their fingerprint."""
     return {
         "regions": models.segmenter.fingerprint,
         "embeddings": models.clip.fingerprint,
-        "pseudo_gt": chooser,
+        "pseudo_gt": judge(prompts),
     }
+
+
+def judge(prompts: str) -> str:
+    """Fingerprint of what chooses pseudo-GT: the meter and the prompts."""
+    # proposer: empty in every store but those of the rounds that once were
+    return fingerprint(meter=meter.fingerprint(), prompts=prompts, proposer="")
 
 
 def recorded_plans(

@@ -2,8 +2,7 @@
 
 `precompute` lists and digests the photos, compares every unit with what it should be, and
 makes what is missing or stale. `regenerate` does the same for scores and pseudo-GT alone, from
-cached embeddings: no image passes through CLIP or FastSAM. With a trained corrector it makes a
-round (pipeline/rounds.py); one store holds pseudo-GT of one round only.
+cached embeddings: no image passes through CLIP or FastSAM.
 """
 
 import dataclasses
@@ -15,15 +14,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from evenlight.cache.errors import PhotoError, StoreError, UsageError
-from evenlight.cache.files import sha256_bytes
+from evenlight.cache.files import sha256_bytes, sync_folder
 from evenlight.cache.schema import EMPTY_SLOT, FAILED, PARTS, Index, PhotoRecord
+from evenlight.cache.shards import OURS
 from evenlight.cache.store import Store
 from evenlight.pipeline import config, schedule
 from evenlight.pipeline.console import Progress, silent
 from evenlight.pipeline.models import Models, load_models
-from evenlight.pipeline.plan import UnitPlan, made_by, part_fingerprint, plan_unit
+from evenlight.pipeline.plan import UnitPlan, judge, made_by, part_fingerprint, plan_unit
 from evenlight.pipeline.prompts import store_scorer
-from evenlight.pipeline.rounds import chooser, load_proposer, recorded_round, write_round
 from evenlight.pipeline.units import (
     Tools,
     UnitTask,
@@ -63,8 +62,7 @@ def precompute(
 
     photos: a photo, a folder (walked recursively) or an HDF5 file of images.  models: loaded by
     the settings when None.  scheduler: address of a Dask cluster; empty runs here, in
-    `run.workers` processes.  Photos that cannot be used are listed in the report.  Where anything
-    is to be made in a store of a later round, all its pseudo-GT goes back to round one.
+    `run.workers` processes.  Photos that cannot be used are listed in the report.
     """
     started = time.monotonic()
     sources = {source.name: source for source in list_photos(photos)}
@@ -80,9 +78,8 @@ def precompute(
         _write_index(target, target.index.updated(sources), settings, photos)
         tools = Tools(settings, models, store_scorer(target.path, models.clip))
         target.ensure_arrays([spec for part in PARTS for spec in tools.specs(part)])
+        _forget_round(target)
         plans = _plans(target, digests, tools)
-        if any(plan.todo for plan in plans) and _back_to_round_one(target):
-            plans = _plans(target, digests, tools)
         todo = [plan for plan in plans if plan.todo]
         report = RunReport(units_kept=len(plans) - len(todo))
         tasks = [UnitTask(target.path, plan, _unit_sources(plan, sources)) for plan in todo]
@@ -101,23 +98,18 @@ def precompute(
     return report
 
 
-def regenerate(
-    store: Path, *, settings: Settings, model: Path | None = None, on_progress: Progress = silent
-) -> RunReport:
+def regenerate(store: Path, *, settings: Settings, on_progress: Progress = silent) -> RunReport:
     """Remake scores and pseudo-GT where what chooses them changed, from the cache alone.
 
-    settings: those of the store, with changes to pseudo_gt settings at most.  model: folder of a
-    training run whose corrector proposes strengths (a round); None goes back to round one.
-    Raises StoreError where an earlier part is missing or other settings differ, UsageError where
-    the corrector cannot propose.
+    settings: those of the store, with changes to pseudo_gt settings at most.
+    Raises StoreError where an earlier part is missing or other settings differ.
     """
     started = time.monotonic()
     with Store.create_or_open(store) as target:
         _refuse_other_changes(target, settings)
-        proposer = load_proposer(model, target, settings) if model else None
-        tools = Tools(settings, None, store_scorer(target.path, None), proposer)
+        tools = Tools(settings, None, store_scorer(target.path, None))
         plans = [_regenerate_plan(target, unit, tools) for unit in range(target.index.num_units)]
-        write_round(target.path, proposer)  # before the units: a kill leaves stale ones, not mixed
+        _forget_round(target)
         _write_index(target, target.index, settings, Path(target.index.source))
         todo = [plan for plan in plans if plan.todo]
         report = RunReport(units_kept=len(plans) - len(todo))
@@ -144,10 +136,9 @@ def _write_index(store: Store, index: Index, settings: Settings, source: Path) -
 
 
 def _plans(store: Store, digests: Mapping[str, str], tools: Tools) -> list[UnitPlan]:
-    """The plan of every unit of the store, in the round that it is in."""
+    """The plan of every unit of the store."""
     assert tools.models is not None
-    proposer = recorded_round(store.path).proposer
-    makers = made_by(tools.models, chooser(tools.scorer.fingerprint, proposer))
+    makers = made_by(tools.models, tools.scorer.fingerprint)
     plans = []
     for unit in range(store.index.num_units):
         photos = tuple(
@@ -158,21 +149,20 @@ def _plans(store: Store, digests: Mapping[str, str], tools: Tools) -> list[UnitP
     return plans
 
 
-def _back_to_round_one(store: Store) -> bool:
-    """Forget the corrector that proposed the store's pseudo-GT; whether there was one."""
-    before = recorded_round(store.path)
-    if before.proposer:
+def _forget_round(store: Store) -> None:
+    """Drop the note of an older evenlight, whose trained correctors proposed pseudo-GT.
+
+    What they chose is stale by its fingerprint, so the run that forgets them remakes it.
+    """
+    note = store.path / OURS / "round.json"
+    if note.exists():
         log.warning(
-            "pseudo-GT of store %s was made in a round with corrector %s: all of it is remade "
-            "without, so that rounds never mix; 'evenlight regenerate -s %s -m %s' makes the round "
-            "again",
+            "a corrector proposed pseudo-GT of store %s, which evenlight no longer does (it gained "
+            "too little): what it proposed is made anew",
             store.path,
-            before.run,
-            store.path,
-            before.run,
         )
-        write_round(store.path, None)
-    return bool(before.proposer)
+        note.unlink()
+        sync_folder(note.parent)
 
 
 def _regenerate_plan(store: Store, unit: int, tools: Tools) -> UnitPlan:
@@ -183,14 +173,15 @@ def _regenerate_plan(store: Store, unit: int, tools: Tools) -> UnitPlan:
             "complete the store"
         )
     before = record.parts["embeddings"].fingerprint
-    wanted = part_fingerprint("pseudo_gt", source=[before, tools.chooser], settings=tools.settings)
+    source = [before, judge(tools.scorer.fingerprint)]
+    wanted = part_fingerprint("pseudo_gt", source=source, settings=tools.settings)
     todo = () if record.holds("pseudo_gt", wanted) else ("pseudo_gt",)
     return UnitPlan(
         unit=unit,
         photos=record.photos,
         fingerprints={"pseudo_gt": wanted},
         todo=todo,
-        reason="prompts, proposer or pseudo-GT settings changed" if todo else "complete",
+        reason="prompts or pseudo-GT settings changed" if todo else "complete",
     )
 
 

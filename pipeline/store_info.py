@@ -1,7 +1,6 @@
 """What a store holds and whether it is whole: cache info, cache verify."""
 
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,6 @@ from evenlight.pipeline.config import build
 from evenlight.pipeline.models import load_models
 from evenlight.pipeline.plan import made_by, recorded_plans
 from evenlight.pipeline.prompts import prompts_info
-from evenlight.pipeline.rounds import chooser, recorded_round
 
 
 def cache_info(
@@ -28,11 +26,8 @@ def cache_info(
             return info
         settings = build(config, overrides, base=source.index.settings)
         info["prompts"] = prompts_info(source.path)
-        made = recorded_round(source.path)
-        info["round"] = asdict(made)
         try:
-            judge = chooser(info["prompts"]["fingerprint"], made.proposer)
-            makers = made_by(load_models(settings), judge)
+            makers = made_by(load_models(settings), info["prompts"]["fingerprint"])
         except EnvironmentLacks as error:
             info["stale"] = f"unknown: {error}"
         else:

@@ -16,7 +16,6 @@ from evenlight.pipeline.console import Progress, silent
 from evenlight.pipeline.models import Models, choose_device, load_models, priors_of
 from evenlight.pipeline.plan import made_by, recorded_plans
 from evenlight.pipeline.prompts import store_scorer
-from evenlight.pipeline.rounds import chooser, recorded_round
 from evenlight.stages.corrector.inputs import at_working_size
 from evenlight.stages.corrector.training import Frozen, TrainingData, TrainResult
 from evenlight.stages.corrector.training import train as run_training
@@ -47,7 +46,7 @@ def train(
         scorer = store_scorer(source.path, None)
         refuse_stale(source, settings, models, scorer.fingerprint)
         data = load_data(source, settings.train.size, device, on_progress)
-        digest, proposer = source.digest(), recorded_round(source.path).proposer
+        digest = source.digest()
     clip = models.clip
 
     def logits(rgb_B3HW: Tensor) -> Tensor:
@@ -64,8 +63,7 @@ def train(
             "settings": {k: v for k, v in config.to_dict(settings).items() if k != "run"},
             "priors": priors_of(models, scorer.fingerprint),
             "store": digest,
-        }
-        | ({"proposer": proposer} if proposer else {}),  # of the round that made its pseudo-GT
+        },
         extra={f"scorer.{name}": tensor for name, tensor in scorer.to_tensors().items()},
         resume=resume,
         device=device,
@@ -77,15 +75,12 @@ def refuse_stale(store: Store, settings: Settings, models: Models, prompts: str)
     """Raise StoreError unless every unit is complete and made with these settings and models."""
     if not store.index.num_units:
         raise StoreError(f"store {store.path} holds no photos: run 'evenlight precompute' first")
-    made = recorded_round(store.path)
-    makers = made_by(models, chooser(prompts, made.proposer))
-    for plan in recorded_plans(store, settings, makers):
+    for plan in recorded_plans(store, settings, made_by(models, prompts)):
         if plan.todo:
             cure = "regenerate" if plan.todo == ("pseudo_gt",) else "precompute"
-            again = f" -m {made.run}" if made.run and cure == "regenerate" else ""
             raise StoreError(
                 f"unit {plan.unit} of store {store.path} is stale ({plan.reason}): run "
-                f"'evenlight {cure} -s {store.path}{again}' first, or restore the settings"
+                f"'evenlight {cure} -s {store.path}' first, or restore the settings"
             )
 
 

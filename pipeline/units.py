@@ -15,7 +15,6 @@ from evenlight.cache.store import Store
 from evenlight.pipeline.models import Models, load_models
 from evenlight.pipeline.plan import READS, UnitPlan, part_specs
 from evenlight.pipeline.prompts import store_scorer
-from evenlight.pipeline.rounds import PROPOSER_READS, Proposer, chooser
 from evenlight.stages.corrector.inputs import rule_corrected
 from evenlight.stages.images import PhotoSource, decode, place
 from evenlight.stages.priors.ladder import embed_photo
@@ -27,26 +26,11 @@ Arrays = dict[str, np.ndarray]
 
 @dataclass(frozen=True)
 class Tools:
-    """What makes parts.  models may be None where neither regions nor embeddings are made.
-
-    proposer: a trained corrector that takes part in a round of pseudo-GT.
-    """
+    """What makes parts.  models may be None where neither regions nor embeddings are made."""
 
     settings: Settings
     models: Models | None
     scorer: Scorer
-    proposer: Proposer | None = None
-
-    @property
-    def chooser(self) -> str:
-        """Fingerprint of what chooses the pseudo-GT."""
-        proposer = self.proposer.fingerprint if self.proposer else ""
-        return chooser(self.scorer.fingerprint, proposer)
-
-    def reads(self, part: str) -> tuple[str, ...]:
-        """Arrays that the part is made from."""
-        proposes = part == "pseudo_gt" and self.proposer is not None
-        return READS[part] + (PROPOSER_READS if proposes else ())
 
     def specs(self, part: str) -> list[ArraySpec]:
         models = self.models
@@ -72,7 +56,7 @@ def make_unit(
         record = store.record(plan.unit)
         assert record is not None, plan
         photos = list(record.photos)
-        upstream = {n for part in plan.todo for n in tools.reads(part)} - {
+        upstream = {n for part in plan.todo for n in READS[part]} - {
             spec.name for part in plan.todo for spec in tools.specs(part)
         }
         have = store.read(plan.unit, sorted(upstream))
@@ -140,7 +124,7 @@ def _later_part(part: str, have: Arrays, photos: Sequence[PhotoRecord], tools: T
     rows = _blank(tools.specs(part), len(photos))
     for row, photo in enumerate(photos):
         if photo.status == OK:
-            cached = {name: have[name][row] for name in tools.reads(part)}
+            cached = {name: have[name][row] for name in READS[part]}
             for name, value in _make_row(part, cached, tools).items():
                 _put(rows[name], row, np.asarray(value))
     return rows
@@ -153,11 +137,7 @@ def _make_row(part: str, cached: Arrays, tools: Tools) -> Arrays:
     ladder = tools.settings.ladder
     if part == "pseudo_gt":
         labels = cached["regions"][:height, :width]
-        proposer = tools.proposer
-        proposed = proposer.moves(photo, labels, cached) if proposer else None
-        return choose(
-            photo, labels, cached, tools.scorer, ladder, tools.settings.pseudo_gt, proposed
-        )
+        return choose(photo, labels, cached, tools.scorer, ladder, tools.settings.pseudo_gt)
     assert tools.models is not None
     if part == "embeddings":
         labels = cached["regions"][:height, :width]

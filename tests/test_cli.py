@@ -32,7 +32,7 @@ COMMON = {"--config", "--set", "--json"}
 SURFACE = {
     "precompute": {"photos", "-s", "--store", "--workers", "--scheduler"} | COMMON,
     "tune-clip": {"-s", "--store"} | COMMON,
-    "regenerate": {"-s", "--store", "-m", "--model"} | COMMON,
+    "regenerate": {"-s", "--store"} | COMMON,
     "train": {"-s", "--store", "-o", "--out"} | COMMON,
     "evaluate": {"--data", "-m", "--model", "--csv"} | COMMON,
     "correct": {

@@ -9,6 +9,7 @@ import pytest
 from toys import ToyClip, ToySegmenter, write_photos
 
 from evenlight.cache.errors import StoreError
+from evenlight.cache.files import write_json
 from evenlight.cache.schema import PARTS, parts_from
 from evenlight.cache.store import Store
 from evenlight.pipeline import config
@@ -16,6 +17,7 @@ from evenlight.pipeline.models import Models
 from evenlight.pipeline.plan import plan_unit
 from evenlight.pipeline.precompute import precompute, regenerate
 from evenlight.pipeline.prompts import store_scorer, tune_clip
+from evenlight.pipeline.train import train
 from evenlight.stages.priors.prompts import Scorer
 
 SMALL = ["photo.size=64", "run.unit_size=2", "ladder.regions=3"]
@@ -187,6 +189,44 @@ def test_regenerate_refuses_settings_that_only_precompute_can_follow(finished, t
     changed = config.build(overrides=[*SMALL, "regions.iou=0.7"])
     with pytest.raises(StoreError, match=r"regions\.iou.*precompute"):
         regenerate(copy(finished, tmp_path), settings=changed)
+
+
+def test_a_regenerate_stopped_half_way_is_stale_until_the_same_command_ends_it(finished, tmp_path):
+    store = copy(finished, tmp_path)
+    grid = config.build(overrides=[*SMALL, "pseudo_gt.search=grid"])
+
+    def stop(_, done, __):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        regenerate(store, settings=grid, on_progress=stop)
+    with pytest.raises(StoreError, match=f"stale.*evenlight regenerate -s {store}'"):
+        train(store, tmp_path / "run", settings=grid, models=toys())
+    assert regenerate(store, settings=grid).units_made == 2
+    assert regenerate(store, settings=SETTINGS).units_made == 3
+    assert digest(store) == finished[1]
+
+
+@pytest.mark.parametrize("by", ["regenerate", "precompute"])
+def test_pseudo_gt_of_a_round_of_an_older_version_is_told_of_and_made_anew(
+    by, photos, finished, tmp_path, monkeypatch, caplog
+):
+    store = tmp_path / "S"
+    with monkeypatch.context() as older:
+        older.setattr("evenlight.pipeline.plan.judge", lambda prompts: f"{prompts} and a proposer")
+        precompute(photos, store, settings=SETTINGS, models=toys())
+    note = store / "evenlight" / "round.json"
+    write_json(note, {"proposer": "a" * 64, "run": "runs/a"})
+    with pytest.raises(StoreError, match=r"stale.*evenlight regenerate"):
+        train(store, tmp_path / "run", settings=SETTINGS, models=toys())
+    if by == "regenerate":
+        report = regenerate(store, settings=SETTINGS)
+    else:
+        note.write_text("damaged")
+        report = precompute(photos, store, settings=SETTINGS, models=toys())
+    assert report.parts_made == {"pseudo_gt": 3}
+    assert "corrector proposed pseudo-GT" in caplog.text and str(store) in caplog.text
+    assert not note.exists() and digest(store) == finished[1]
 
 
 def test_prompts_that_fail_their_check_leave_the_former_ones(finished, tmp_path):

@@ -92,13 +92,11 @@ def choose(
     scorer: Scorer,
     ladder: LadderSettings,
     settings: PseudoGTSettings,
-    proposed: np.ndarray | None = None,
 ) -> dict[str, np.ndarray]:
     """The pseudo_gt part of one photo, from its cached embeddings.
 
     photo: uint8 H,W,3 sRGB, true extent, H and W multiples of 8.  labels: uint8 H,W.
     cached: the embeddings part of the photo (`ladder.embed_photo`).
-    proposed: a corrector's moves of the embedded regions (`region_strengths`).
     Returns scores (K,3 logits), strength, region_strengths (R), t_map and confidence at 1/4
     size (float16) and pseudo_gt (uint8 H,W,3).
     """
@@ -127,7 +125,7 @@ def choose(
         steps = rule + np.array(ladder.region_offsets)
         logits = _logits(scorer, cached["clip_regions"][:num_regions])
         chosen[:num_regions] = region_strengths(
-            rgb, masks, logits, steps, start, ladder.family, settings, proposed
+            rgb, masks, logits, steps, start, ladder.family, settings
         )
         t_map = _smooth_map(rgb, masks, chosen[:num_regions], start, ladder.family)
         gains = [

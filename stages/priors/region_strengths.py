@@ -1,5 +1,5 @@
 """One strength per region: towards its own as far as the scores vouch for it, in order of
-brightness (method.md 4.3), or as a trained corrector proposes (4.4).
+brightness (method.md 4.3).
 """
 
 # R regions, J region strengths, H W pixels
@@ -18,7 +18,6 @@ from evenlight.stages.settings import PseudoGTSettings
 ORDER_MARGIN = 0.05  # luma difference above which two regions must keep their order
 TRUSTED_GAIN = 0.5  # rise of the score at which a region is trusted fully
 TRUSTED_AREA = 0.05  # area share at which a region is trusted fully
-PROPOSAL_GAIN = 0.05  # rise of the score above which a proposal replaces a region's strength
 
 
 def region_strengths(
@@ -29,15 +28,12 @@ def region_strengths(
     start: float,
     family: str,
     settings: PseudoGTSettings,
-    proposed: np.ndarray | None = None,
 ) -> np.ndarray:
     """Strength of every embedded region (R), order of brightness kept.  masks: bool H,W.
 
     The photo's brightness is the global stage's answer, so the area mean of all moves is taken
     out: regions only say how they differ.  (Crops alone are judged towards mid gray: measured
     0.1 to 0.25 dB better on 30 real brackets.)
-    proposed: how far a trained corrector would move each region from the photo's strength (R).
-    With proposals the regions' score, weighted by area, is never lower than without.
     """
     pixels = [rgb_13HW[..., mask][..., None] for mask in masks]  # 1,3,n,1 each
 
@@ -52,21 +48,9 @@ def region_strengths(
         ]
     )
     before = np.array([luma_after(r, 0.0) for r in range(len(masks))])
-
-    def settled(moved: np.ndarray) -> np.ndarray:
-        centred = moved - ((moved - start) * areas).sum()
-        bounded = centred.clip(-settings.max_strength, settings.max_strength)
-        return keep_order(bounded, start, before, luma_after)
-
-    fresh = settled(wanted)
-    if proposed is None:
-        return fresh
-    replaced = take_proposals(fresh, start + proposed, logits_RJ3, strengths_J)
-    if np.array_equal(replaced, fresh):
-        return fresh
-    replaced = settled(replaced)
-    rise = scores_at(replaced, logits_RJ3, strengths_J) - scores_at(fresh, logits_RJ3, strengths_J)
-    return replaced if (rise * areas).sum() > 0 else fresh
+    centred = wanted - ((wanted - start) * areas).sum()
+    bounded = centred.clip(-settings.max_strength, settings.max_strength)
+    return keep_order(bounded, start, before, luma_after)
 
 
 def region_strength(
@@ -113,31 +97,3 @@ def keep_order(
         for r in broken:
             kept[r] = (kept[r] + start) / 2
     return np.full_like(strengths, start)
-
-
-def take_proposals(
-    fresh: np.ndarray, proposed: np.ndarray, logits_RJ3: np.ndarray, strengths_J: np.ndarray
-) -> np.ndarray:
-    """Strengths of regions (R), at most half of them replaced by proposals (method.md 4.4).
-
-    A proposal is taken where the region's score rises by more than PROPOSAL_GAIN, the largest
-    rises first; one beyond the strengths that were embedded cannot be judged and is not taken.
-    """
-    rise = scores_at(proposed, logits_RJ3, strengths_J) - scores_at(fresh, logits_RJ3, strengths_J)
-    rise[(proposed < strengths_J[0]) | (proposed > strengths_J[-1])] = -np.inf
-    largest = np.argsort(-rise, kind="stable")[: len(fresh) // 2]
-    taken = largest[rise[largest] > PROPOSAL_GAIN]
-    replaced = fresh.copy()
-    replaced[taken] = proposed[taken]
-    return replaced
-
-
-def scores_at(chosen: np.ndarray, logits_RJ3: np.ndarray, strengths_J: np.ndarray) -> np.ndarray:
-    """Candidate score of each region (R) at its chosen strength, interpolated on its ladder."""
-    unclipped = np.zeros(len(strengths_J))
-    return np.array(
-        [
-            np.interp(t, strengths_J, candidate_score(logits_J3, strengths_J, unclipped))
-            for t, logits_J3 in zip(chosen, logits_RJ3, strict=True)
-        ]
-    )
