@@ -86,8 +86,9 @@ def draw(
         return int(torch.randint(num_choices, (1,), generator=generator))
 
     def corner(length: int) -> int:
-        return GRID * integer(max(0, length - settings.crop) // GRID + 1)
+        return GRID * integer(max(0, length - crop) // GRID + 1)
 
+    crop = min(settings.crop, settings.size)  # where it is larger, whole canvases are taken
     half = settings.batch // 2
     num_scenes = half if paired else settings.batch
     scenes = [_nth(photos, step * num_scenes + i, settings.seed) for i in range(num_scenes)]
@@ -95,8 +96,8 @@ def draw(
     flips = [integer(2) == 1 for _ in scenes]
     uniform = torch.rand(half, generator=generator) * 2 - 1
     copies = 2 if paired else 1
-    side = settings.crop - integer(int(0.4 * settings.crop) + 1)  # at least 60 % of the crop
-    top, left = integer(settings.crop - side + 1), integer(settings.crop - side + 1)
+    side = crop - integer(int(0.4 * crop) + 1)  # at least 60 % of the crop
+    top, left = integer(crop - side + 1), integer(crop - side + 1)
     return Draw(
         photos=scenes * copies,
         corners=corners * copies,

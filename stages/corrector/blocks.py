@@ -48,10 +48,10 @@ class SemanticFusion(nn.Module):
     """ASF: image features re-weighted by the semantic features, then a spatial-frequency step.
 
     attention: "element" re-weights heads at each pixel (weights of mean 1); "channel" mixes
-    channels by a C x C matrix per head. frequency: "real_imag" or "amp_phase".
+    channels by a C x C matrix per head.
     """
 
-    def __init__(self, channels: int, attention: str, frequency: str) -> None:
+    def __init__(self, channels: int, attention: str) -> None:
         super().__init__()
         self.attention = attention
         self.num_heads = max(2, channels // 16)
@@ -63,7 +63,7 @@ class SemanticFusion(nn.Module):
         self.project = Pointwise(channels, channels)
         self.norm = ChannelNorm(channels)
         self.spatial = nn.Sequential(Pointwise(channels, 2 * channels), depthwise(2 * channels))
-        self.frequency = Frequency(channels, frequency)
+        self.frequency = Frequency(channels)
         self.join = Pointwise(2 * channels, channels)
 
     def forward(self, image_BCHW: Tensor, semantic_BCHW: Tensor) -> Tensor:
@@ -95,36 +95,19 @@ class SemanticFusion(nn.Module):
 class Frequency(nn.Module):
     """1x1 mixing of the spectrum of the whole map, in float32.  B,C,H,W in and out."""
 
-    def __init__(self, channels: int, kind: str) -> None:
+    def __init__(self, channels: int) -> None:
         super().__init__()
-        self.kind = kind
         self.enter = Pointwise(channels, channels)
-        widths = (2 * channels,) if kind == "real_imag" else (channels, 2 * channels)
-        self.mixers = nn.ModuleList(
-            nn.Sequential(Pointwise(width, width), nn.GELU(), Pointwise(width, width))
-            for width in widths
-        )
+        width = 2 * channels  # real and imaginary parts
+        self.mix = nn.Sequential(Pointwise(width, width), nn.GELU(), Pointwise(width, width))
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
         x_BCHW = self.enter(x_BCHW)
         with torch.autocast(x_BCHW.device.type, enabled=False):
             spectrum = torch.fft.rfft2(x_BCHW.float(), norm="ortho")
-            mix = self._real_imag if self.kind == "real_imag" else self._amp_phase
-            real, imag = mix(spectrum.real, spectrum.imag)
+            parts = torch.cat([spectrum.real, spectrum.imag], dim=1)
+            real, imag = (x.contiguous() for x in (parts + self.mix(parts)).chunk(2, dim=1))
             return torch.fft.irfft2(torch.complex(real, imag), s=x_BCHW.shape[2:], norm="ortho")
-
-    def _real_imag(self, real: Tensor, imag: Tensor) -> tuple[Tensor, Tensor]:
-        parts = torch.cat([real, imag], dim=1)
-        real, imag = (parts + self.mixers[0](parts)).chunk(2, dim=1)
-        return real.contiguous(), imag.contiguous()
-
-    def _amp_phase(self, real: Tensor, imag: Tensor) -> tuple[Tensor, Tensor]:
-        """Amplitude and unit phase apart, without angles, whose gradients are bad at 0."""
-        amplitude = (real.square() + imag.square() + 1e-8).sqrt()
-        phase = torch.cat([real / amplitude, imag / amplitude], dim=1)
-        amplitude = amplitude + self.mixers[0](amplitude)
-        cosine, sine = (phase + self.mixers[1](phase)).chunk(2, dim=1)
-        return amplitude * cosine, amplitude * sine
 
 
 class SpatialMamba(nn.Module):
@@ -252,11 +235,9 @@ class MambaGroup(nn.Module):
 class SIMR(nn.Module):
     """Semantics-informed Mamba reconstruction: fusion with the semantics, then the group."""
 
-    def __init__(
-        self, channels: int, *, num_blocks: int, ssm: bool, attention: str, frequency: str
-    ) -> None:
+    def __init__(self, channels: int, *, num_blocks: int, ssm: bool, attention: str) -> None:
         super().__init__()
-        self.fuse = SemanticFusion(channels, attention, frequency)
+        self.fuse = SemanticFusion(channels, attention)
         self.group = MambaGroup(channels, num_blocks, ssm)
 
     def forward(self, image_BCHW: Tensor, semantic_BCHW: Tensor) -> Tensor:

@@ -5,7 +5,6 @@ Method.md 3. Untrained it is the identity: both heads end in zero-initialised la
 
 # B batch, C channels, H W pixels of the photo, h w of a feature map
 
-from dataclasses import dataclass
 from typing import NamedTuple, TypeVar
 
 import torch
@@ -15,7 +14,7 @@ from torch import Tensor, nn
 from evenlight.stages.corrector.blocks import SIMR, ChannelNorm, Pointwise
 from evenlight.stages.pixels import luma
 from evenlight.stages.priors import meter, tone
-from evenlight.stages.settings import NetworkSettings
+from evenlight.stages.settings import SIZES, NetworkSettings
 
 MAX_STRENGTH = 2.2  # |t| never exceeds it (method.md 4.1)
 MAX_RESIDUAL = 0.1  # the most of its own content that the tone head adds
@@ -24,25 +23,6 @@ SMALL_SIDE = 32  # side of the copy that global statistics are taken from, pixel
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 NUM_STATISTICS = 6 + len(QUANTILES)
 Layer = TypeVar("Layer", nn.Conv2d, nn.Linear)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Size:
-    channels: int  # at scale 0; doubled at each scale below
-    blocks: tuple[int, ...]  # RSMBs per SIMR, one entry per scale
-    stem: int  # 1: full size; 2: the whole network at half size (PixelUnshuffle)
-    semantic: int  # channels of each half of the semantic features
-    ssm_from: int  # first scale with state-space scans; above it RSMBs are CAB only
-
-
-SIZES = {
-    "tiny": Size(channels=4, blocks=(1, 1), stem=2, semantic=4, ssm_from=1),  # for tests
-    "small": Size(channels=16, blocks=(1, 1, 1, 2), stem=2, semantic=16, ssm_from=1),
-    # small with one RSMB of convolutions more in place of each scan: as many weights
-    "small-conv": Size(channels=16, blocks=(1, 2, 2, 4), stem=2, semantic=16, ssm_from=4),
-    "base": Size(channels=24, blocks=(1, 1, 1, 2), stem=2, semantic=32, ssm_from=1),
-    "paper": Size(channels=32, blocks=(1, 1, 1, 2), stem=1, semantic=32, ssm_from=0),
-}
 
 
 class Correction(NamedTuple):
@@ -77,7 +57,6 @@ class Corrector(nn.Module):
                 num_blocks=size.blocks[m],
                 ssm=m >= size.ssm_from,
                 attention=settings.attention,
-                frequency=settings.frequency,
             )
 
         self.semantics = Semantics(p3_channels, size.semantic, widths)

@@ -191,15 +191,14 @@ def _load_shipped(settings: ClipSettings, device: str) -> Clip:
     tokenizer = open_clip.SimpleTokenizer(
         context_length=config["model_cfg"]["text_cfg"]["context_length"]
     )
-    mean, std = _triple(settings.mean, "mean"), _triple(settings.std, "std")
     return _clip(
         model,
         tokenizer,
         settings,
         path,
         device,
-        mean=mean or own["mean"],
-        std=std or own["std"],
+        mean=settings.mean or own["mean"],
+        std=settings.std or own["std"],
         side=settings.image_size or own["size"],
     )
 
@@ -246,7 +245,7 @@ def _weights_file(settings: ClipSettings) -> Path:
 
 def _normalisation(settings: ClipSettings) -> tuple[Sequence[float], Sequence[float]]:
     """Mean and std of the settings, else those that all weights open_clip knows agree on."""
-    mean, std = _triple(settings.mean, "mean"), _triple(settings.std, "std")
+    mean, std = settings.mean, settings.std
     if mean and std:
         return mean, std
     known = set()
@@ -260,12 +259,6 @@ def _normalisation(settings: ClipSettings) -> tuple[Sequence[float], Sequence[fl
         )
     family_mean, family_std = known.pop()
     return mean or family_mean, std or family_std
-
-
-def _triple(values: tuple[float, ...], name: str) -> tuple[float, ...]:
-    if values and (len(values) != 3 or (name == "std" and min(values) <= 0)):
-        raise UsageError(f"clip.{name} must be three numbers (R, G, B), got {list(values)}")
-    return values
 
 
 def _unreadable(path: Path, name: str, error: Exception) -> str:
