@@ -38,7 +38,7 @@ from evenlight.pipeline.load import load_predictor
 from evenlight.pipeline.models import Models
 from evenlight.pipeline.train import train
 from evenlight.stages.corrector.evaluate import measure, metered, samples
-from evenlight.stages.images import decode
+from evenlight.stages.photos.decode import decode
 
 BASELINE = "full"
 METER = "meter alone"  # the row of no network

@@ -20,7 +20,7 @@ from evenlight.pipeline import config, prompts
 from evenlight.pipeline.models import load_models
 from evenlight.pipeline.precompute import precompute
 from evenlight.stages.corrector.inputs import rule_corrected
-from evenlight.stages.images import decode
+from evenlight.stages.photos.decode import decode
 from evenlight.stages.priors.fastsam import build_network
 from evenlight.stages.priors.prompts import tune
 from evenlight.stages.settings import Settings

@@ -23,7 +23,8 @@ from evenlight.pipeline.models import Models, load_models
 from evenlight.pipeline.prompts import store_scorer
 from evenlight.stages.corrector.evaluate import best_gamma, metered, samples
 from evenlight.stages.corrector.inputs import rule_corrected
-from evenlight.stages.images import decode, working
+from evenlight.stages.photos.canvas import working
+from evenlight.stages.photos.decode import decode
 from evenlight.stages.pixels import resize, to_bytes, to_float
 from evenlight.stages.priors import tone
 from evenlight.stages.priors.ladder import embed_photo

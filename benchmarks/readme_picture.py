@@ -11,7 +11,7 @@ import numpy as np
 
 from evenlight.pipeline.demo import installed_photo
 from evenlight.pipeline.load import load_predictor
-from evenlight.stages.photo_files import jpeg_bytes
+from evenlight.stages.photos.encode import jpeg_bytes
 from evenlight.stages.pixels import to_bytes, to_float
 from evenlight.stages.priors import tone
 

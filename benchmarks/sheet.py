@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from evenlight.pipeline.load import LoadedCorrector, load_predictor
 from evenlight.stages.corrector.evaluate import Sample, film_rule, measure, samples
-from evenlight.stages.images import decode
+from evenlight.stages.photos.decode import decode
 
 Picture = NDArray[np.uint8]
 CELL = 224  # pixels, longer side of a picture

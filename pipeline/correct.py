@@ -12,8 +12,9 @@ import numpy as np
 from evenlight.cache.errors import EvenlightError, PhotoError, UsageError
 from evenlight.pipeline.console import Progress, silent
 from evenlight.pipeline.load import LoadedCorrector, load_predictor
-from evenlight.stages.images import Photo, PhotoSource, decode, list_photos
-from evenlight.stages.photo_files import encode
+from evenlight.stages.photos.decode import Photo, decode
+from evenlight.stages.photos.encode import encode
+from evenlight.stages.photos.find import PhotoSource, list_photos
 
 # Errors of writing that are about one name; any other (disk full, read-only) meets every photo.
 ONE_NAME = (

@@ -24,8 +24,9 @@ from evenlight.pipeline.precompute import precompute, regenerate
 from evenlight.pipeline.prompts import tune_clip
 from evenlight.pipeline.report import Example, write_report
 from evenlight.pipeline.train import train
-from evenlight.stages.images import decode, working
-from evenlight.stages.photo_files import jpeg_bytes
+from evenlight.stages.photos.canvas import working
+from evenlight.stages.photos.decode import decode
+from evenlight.stages.photos.encode import jpeg_bytes
 from evenlight.stages.pixels import to_bytes, to_float
 from evenlight.stages.priors import tone
 from evenlight.stages.priors.pseudo_gt import re_expose

@@ -29,7 +29,7 @@ from evenlight.stages.corrector.evaluate import (
     measure,
     samples,
 )
-from evenlight.stages.images import decode
+from evenlight.stages.photos.decode import decode
 from evenlight.stages.priors.pseudo_gt import re_expose
 
 SIDES = ("under", "over", "all")

@@ -15,7 +15,7 @@ from evenlight.stages.corrector.apply import Maps, correct_pixels, fit_maps, mee
 from evenlight.stages.corrector.checkpoint import load_corrector
 from evenlight.stages.corrector.inputs import at_working_size, prior_features, rule_corrected
 from evenlight.stages.corrector.network import Corrector
-from evenlight.stages.images import working
+from evenlight.stages.photos.canvas import working
 from evenlight.stages.pixels import resize, to_float
 from evenlight.stages.priors import meter
 from evenlight.stages.priors.ladder import embed_photo

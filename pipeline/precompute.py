@@ -30,7 +30,7 @@ from evenlight.pipeline.units import (
     make_unit_here,
     make_unit_in_worker,
 )
-from evenlight.stages.images import PhotoSource, list_photos
+from evenlight.stages.photos.find import PhotoSource, list_photos
 from evenlight.stages.settings import Settings
 
 log = logging.getLogger(__name__)

@@ -11,7 +11,7 @@ import numpy as np
 
 from evenlight.cache.files import atomic_write
 from evenlight.pipeline.evaluate import COLUMNS, Evaluation
-from evenlight.stages.photo_files import jpeg_bytes
+from evenlight.stages.photos.encode import jpeg_bytes
 
 STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 1200px; color: #222;

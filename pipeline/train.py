@@ -19,7 +19,7 @@ from evenlight.pipeline.prompts import store_scorer
 from evenlight.stages.corrector.inputs import at_working_size
 from evenlight.stages.corrector.training import Frozen, TrainingData, TrainResult
 from evenlight.stages.corrector.training import train as run_training
-from evenlight.stages.images import Extent
+from evenlight.stages.photos.canvas import Extent
 from evenlight.stages.pixels import resize, to_float
 from evenlight.stages.settings import Settings
 

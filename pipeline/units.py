@@ -16,7 +16,9 @@ from evenlight.pipeline.models import Models, load_models
 from evenlight.pipeline.plan import READS, UnitPlan, part_specs
 from evenlight.pipeline.prompts import store_scorer
 from evenlight.stages.corrector.inputs import rule_corrected
-from evenlight.stages.images import PhotoSource, decode, place
+from evenlight.stages.photos.canvas import place
+from evenlight.stages.photos.decode import decode
+from evenlight.stages.photos.find import PhotoSource
 from evenlight.stages.priors.ladder import embed_photo
 from evenlight.stages.priors.pseudo_gt import Scorer, choose
 from evenlight.stages.settings import Settings

@@ -9,7 +9,7 @@ import numpy as np
 import tifffile
 from PIL import Image
 
-from evenlight.stages.photo_headers import PNG_SIGNATURE, png_chunk
+from evenlight.stages.photos.containers import PNG_SIGNATURE, png_chunk
 
 
 def picture(*shape: int, dtype: type = np.uint8, seed: int = 0) -> np.ndarray:

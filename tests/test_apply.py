@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from torch.nn import functional as F
 
 from evenlight.stages.corrector import apply
-from evenlight.stages.images import working
+from evenlight.stages.photos.canvas import working
 from evenlight.stages.pixels import luma, to_float
 from evenlight.stages.priors import tone
 

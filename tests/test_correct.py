@@ -21,7 +21,7 @@ from evenlight.cache.errors import EvenlightError, UsageError
 from evenlight.pipeline import correct as command
 from evenlight.pipeline.correct import correct
 from evenlight.pipeline.load import load_predictor
-from evenlight.stages.images import decode
+from evenlight.stages.photos.decode import decode
 from evenlight.stages.pixels import to_bytes, to_float
 from evenlight.stages.priors import tone
 from evenlight.stages.priors.prompts import Scorer
@@ -113,7 +113,7 @@ def test_three_good_photos_out_two_failures_named_exit_1(
     assert sorted(p.name for p in out.rglob("*")) == ["deep.png", "large.jpg", "phone.jpg"]
     assert "corrected 3 photos" in said and "2 failed:" in said
     assert (
-        "cut.jpg: the JPEG has no end-of-image marker: it is truncated" in said
+        "cut.jpg: the file is truncated or damaged: premature end of JPEG image" in said
         and "text.jpg: " in said
     )
     assert grown < 800

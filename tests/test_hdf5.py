@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from evenlight.cache.errors import PhotoError, StoreError
-from evenlight.cache.hdf5 import list_images, read_image
+from evenlight.stages.photos.hdf5 import list_images, read_image
 
 RNG = np.random.default_rng(0)
 

@@ -15,7 +15,9 @@ from photo_makers import saved, tiff
 from PIL import Image, ImageCms
 
 from evenlight.cache.errors import PhotoError, UsageError
-from evenlight.stages.images import Extent, decode, find_photos, list_photos, place, working
+from evenlight.stages.photos.canvas import Extent, place, working
+from evenlight.stages.photos.decode import decode
+from evenlight.stages.photos.find import find_photos, list_photos
 
 
 def noise(*shape: int, dtype: type = np.uint8) -> np.ndarray:

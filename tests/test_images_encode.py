@@ -15,9 +15,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageCms, JpegImagePlugin
 
-from evenlight.stages.images import Metadata, Photo, decode
-from evenlight.stages.photo_files import encode, encoded, jpeg_bytes
-from evenlight.stages.photo_headers import png_chunk, png_chunks
+from evenlight.stages.photos.containers import png_chunk, png_chunks
+from evenlight.stages.photos.decode import Photo, decode
+from evenlight.stages.photos.encode import encode, encoded, jpeg_bytes
+from evenlight.stages.photos.metadata import Metadata
 
 SRGB = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
 XMP = b'<x:xmpmeta xmlns:x="adobe:ns:meta/"><a tiff:Orientation="6" dc:title="Hus"/></x:xmpmeta>'

@@ -16,7 +16,7 @@ SOURCES = [
 ]
 IMPORTERS = {
     "zarr": {"cache/shards.py"},
-    "h5py": {"cache/hdf5.py"},
+    "h5py": {"stages/photos/hdf5.py"},
     "ultralytics": {"stages/priors/fastsam.py"},
     "open_clip": {"stages/priors/clip.py"},
     "mamba_ssm": {"stages/corrector/scan.py"},
@@ -31,6 +31,7 @@ IMPORTERS = {
     "dask": {"pipeline/schedule.py"},
     "typer": {"cli.py"},
     "rich": {"pipeline/console.py"},
+    "pyvips": {"stages/photos/libvips.py"},
 }
 FORBIDDEN_IMPORTS = {"pickle", "cPickle", "dill", "cloudpickle", "marshal", "shelve"}
 FORBIDDEN_CALLS = {"eval", "exec", "__import__"}

@@ -13,7 +13,8 @@ from evenlight.pipeline.precompute import precompute
 from evenlight.pipeline.prompts import store_scorer
 from evenlight.pipeline.train import load_data, refuse_stale
 from evenlight.stages.corrector.inputs import at_working_size, prior_features
-from evenlight.stages.images import decode, working
+from evenlight.stages.photos.canvas import working
+from evenlight.stages.photos.decode import decode
 
 SMALL = ["photo.size=96", "run.unit_size=2", "ladder.regions=3"]
 SETTINGS = config.build(overrides=SMALL)

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from evenlight.stages.corrector.network import MAX_STRENGTH
-from evenlight.stages.images import working
+from evenlight.stages.photos.canvas import working
 from evenlight.stages.pixels import coefficients, luma
 from evenlight.stages.priors import tone
 

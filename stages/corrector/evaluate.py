@@ -22,7 +22,7 @@ from torchmetrics.functional.image import (
 )
 
 from evenlight.cache.errors import UsageError
-from evenlight.stages.images import SUFFIXES
+from evenlight.stages.photos.find import SUFFIXES
 from evenlight.stages.pixels import luma, resize, to_bytes, to_float
 from evenlight.stages.priors import meter, tone
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from evenlight.stages.images import Extent
+from evenlight.stages.photos.canvas import Extent
 from evenlight.stages.pixels import resize, to_bytes, to_float
 from evenlight.stages.priors import tone
 

@@ -11,10 +11,11 @@ from typing import Literal
 
 from evenlight.cache.errors import PhotoError
 
+ORIENTATION = 274
 SUB_IFDS = (330, 34665, 34853, 40965)  # SubIFDs, Exif, GPS, Interoperability
+_PAIRS = ((256, 257), (40962, 40963))  # width and height, in IFD0 and in the Exif IFD
 _MAX_IFDS = 1000  # pages and sub-directories; more is a loop or an attack
 _MAX_ENTRIES = 1024  # of one directory; real ones have under 200
-_MAX_CHANNELS = 16
 _SIZES = {1: 1, 2: 1, 3: 2, 4: 4, 5: 8, 6: 1, 7: 1, 8: 2, 9: 4, 10: 8, 11: 4, 12: 8}
 _SIZES |= {13: 4, 16: 8, 17: 8, 18: 8}
 _CODES = {1: "B", 3: "H", 4: "I", 13: "I", 16: "Q", 18: "Q"}
@@ -106,39 +107,43 @@ def relocated(block: bytes, base: int) -> bytes:
     return bytes(moved)
 
 
-def refuse_missing_strips(ifds: tuple[Ifd, ...]) -> None:
-    """Raise PhotoError when image data of any directory of a TIFF lies past its end, or strips or
-    tiles of the first are missing."""
+def upright_exif(exif: bytes) -> tuple[int, bytes]:
+    """(orientation as it was, the block for upright pixels): Orientation 1, no thumbnail, and
+    width and height exchanged where turning exchanges them.
+
+    exif: a TIFF block.  Raises PhotoError or struct.error when it is damaged.
+    """
+    if exif[:4] not in (b"II*\0", b"MM\0*"):
+        raise PhotoError("no TIFF header")
+    block = bytearray(exif)
+    ifds = read_ifds(exif)
+    stored = ifds[0].numbers(ORIENTATION)
+    orientation = stored[0] if stored and 1 <= stored[0] <= 8 else 1
+    if stored:
+        struct.pack_into(ifds[0].order + "H", block, ifds[0].entries[ORIENTATION].at, 1)
     for ifd in ifds:
-        for offsets_tag, counts_tag in ((273, 279), (324, 325)):
-            offsets, counts = ifd.numbers(offsets_tag), ifd.numbers(counts_tag)
-            for offset, count in zip(offsets, counts, strict=False):
-                if offset + count > len(ifd.data):
-                    raise PhotoError("image data lies past the end of the TIFF: it is truncated")
-    _check_strips(ifds[0])
+        for wide, high in _PAIRS:
+            if orientation >= 5 and ifd.page == 0 and wide in ifd.entries and high in ifd.entries:
+                _exchange(block, ifd.entries[wide].where, ifd.entries[high].where)
+    thumbnails = [ifd for ifd in ifds if ifd.page == 1]
+    struct.pack_into(ifds[0].order + "I", block, ifds[0].next_at, 0)
+    return orientation, _without_thumbnail(block, thumbnails)
 
 
-def _check_strips(ifd: Ifd) -> None:
-    """Every strip or tile is there: decoders fill the gaps of missing ones with black."""
-    width, height = ifd.number(256), ifd.number(257)
-    channels = (ifd.numbers(277) or (1,))[0]
-    if channels > _MAX_CHANNELS:
-        raise PhotoError(f"a TIFF of {channels} channels; at most {_MAX_CHANNELS} are read")
-    if ifd.numbers(324):
-        tile_width, tile_height = max(ifd.number(322), 1), max(ifd.number(323), 1)
-        expected = -(-width // tile_width) * -(-height // tile_height)
-        counts = ifd.numbers(325)
-    else:
-        expected = -(-height // max((ifd.numbers(278) or (height,))[0], 1))
-        counts = ifd.numbers(279)
-    if (ifd.numbers(284) or (1,))[0] == 2:
-        expected *= channels
-    if len(counts) < expected or 0 in counts:
-        raise PhotoError(f"{len(counts)} of {expected} strips or tiles are there: it is damaged")
-    plain = (ifd.numbers(259) or (1,))[0] == 1
-    stored = width * height * channels * (ifd.numbers(258) or (1,))[0] // 8
-    if plain and sum(counts) < stored:
-        raise PhotoError(f"{sum(counts)} bytes of image data, {stored} expected: it is truncated")
+def _exchange(block: bytearray, first: int, second: int) -> None:
+    """Swap type, count and value of two entries and leave their tags where they are."""
+    a, b = slice(first + 2, first + 12), slice(second + 2, second + 12)
+    block[a], block[b] = block[b], block[a]
+
+
+def _without_thumbnail(block: bytearray, thumbnails: list[Ifd]) -> bytes:
+    for ifd in thumbnails:
+        start, length = ifd.numbers(513), ifd.numbers(514)
+        if start and length and start[0] + length[0] <= len(block):
+            block[start[0] : start[0] + length[0]] = bytes(length[0])
+            if start[0] + length[0] == len(block):
+                del block[start[0] :]
+    return bytes(block)
 
 
 def _header(data: bytes) -> tuple[Literal["<", ">"], bool, int]:

@@ -12,9 +12,9 @@ import tifffile
 from PIL import Image
 
 from evenlight.cache.files import atomic_write
-from evenlight.stages.images import Photo
-from evenlight.stages.photo_headers import PNG_SIGNATURE, png_chunk
-from evenlight.stages.tiff_tags import first_ifd, relocated
+from evenlight.stages.photos.containers import PNG_SIGNATURE, png_chunk
+from evenlight.stages.photos.decode import Photo
+from evenlight.stages.photos.exif import first_ifd, relocated
 
 _XMP = 700  # TIFF tag
 

@@ -36,7 +36,7 @@ class PhotoSource:
         """The whole file, or for HDF5 the array in NumPy's .npy format (so that a digest covers
         shape and type too).  Raises PhotoError; never waits on a pipe or a device."""
         if self.dataset is not None:
-            from evenlight.cache.hdf5 import read_image  # h5py only where a source is HDF5
+            from evenlight.stages.photos.hdf5 import read_image  # h5py only where a source is HDF5
 
             image = read_image(self.path, self.dataset)
             stream = io.BytesIO()
@@ -93,7 +93,7 @@ def find_photos(source: Path) -> Found:
 
 
 def _list_hdf5(source: Path) -> list[PhotoSource]:
-    from evenlight.cache.hdf5 import list_images  # h5py only where a source is HDF5
+    from evenlight.stages.photos.hdf5 import list_images  # h5py only where a source is HDF5
 
     def output_name(dataset: str) -> str:
         parts = [part for part in dataset.split("/") if part not in ("", ".", "..")]

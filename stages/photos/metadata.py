@@ -7,21 +7,21 @@ import zlib
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from PIL import Image, ImageFile, TiffImagePlugin
+from PIL import Image, TiffImagePlugin
 
 from evenlight.cache.errors import PhotoError
-from evenlight.stages.photo_headers import png_chunks, webp_chunks
-from evenlight.stages.tiff_tags import Ifd, read_ifds
+from evenlight.stages.photos.containers import jpeg_segments, png_chunks, webp_chunks
+from evenlight.stages.photos.exif import ORIENTATION, Ifd, upright_exif
 
-ORIENTATION = 274
 _MAX_ICC = 16 << 20  # bytes; printers' profiles reach a few MB
 # PNG chunks that are copied as they are: colour without a profile, and words about the photo.
 _PNG_COPIED = (b"sRGB", b"gAMA", b"cHRM", b"cICP", b"tEXt", b"zTXt", b"iTXt")
 _XMP_KEYWORD = b"XML:com.adobe.xmp"
+_EXIF_PREFIX, _XMP_PREFIX = b"Exif\0\0", b"http://ns.adobe.com/xap/1.0/\0"
+_ICC_PREFIX = b"ICC_PROFILE\0"
 # IFD0 tags of a TIFF that describe the photo, not how the file stores it.
 _TIFF_KEPT = (269, 270, 271, 272, 285, 305, 306, 315, 316, 33432, 34665, 34853, 18246, 18249)
 _XMP_ORIENTATION = re.compile(rb"(tiff:Orientation(?:=[\"']|>)\s*)[1-8]")
-_PAIRS = ((256, 257), (40962, 40963))  # width and height, in IFD0 and in the Exif IFD
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,6 +36,9 @@ class Metadata:
     dpi: tuple[float, float] | None = None
     png: tuple[tuple[bytes, bytes], ...] = ()
     notes: tuple[str, ...] = field(default=())
+
+    def noting(self, note: str) -> "Metadata":
+        return replace(self, notes=(*self.notes, note))
 
 
 def read_metadata(data: bytes, format: str, ifds: tuple[Ifd, ...]) -> tuple[Metadata, int]:
@@ -54,70 +57,35 @@ def read_metadata(data: bytes, format: str, ifds: tuple[Ifd, ...]) -> tuple[Meta
             orientation, exif = upright_exif(metadata.exif)
             metadata = replace(metadata, exif=exif)
         except (PhotoError, struct.error):
-            note = "its EXIF block is damaged and was not kept"
-            metadata = replace(metadata, exif=None, notes=(*metadata.notes, note))
+            metadata = replace(metadata, exif=None)
+            metadata = metadata.noting("its EXIF block is damaged and was not kept")
     if metadata.xmp is not None and orientation != 1:  # where EXIF is silent, viewers heed neither
         metadata = replace(metadata, xmp=_XMP_ORIENTATION.sub(rb"\g<1>1", metadata.xmp))
     return metadata, orientation
 
 
-def upright_exif(exif: bytes) -> tuple[int, bytes]:
-    """(orientation as it was, the block for upright pixels): Orientation 1, no thumbnail, and
-    width and height exchanged where turning exchanges them.
-
-    exif: a TIFF block.  Raises PhotoError or struct.error when it is damaged.
-    """
-    if exif[:4] not in (b"II*\0", b"MM\0*"):
-        raise PhotoError("no TIFF header")
-    block = bytearray(exif)
-    ifds = read_ifds(exif)
-    stored = ifds[0].numbers(ORIENTATION)
-    orientation = stored[0] if stored and 1 <= stored[0] <= 8 else 1
-    if stored:
-        struct.pack_into(ifds[0].order + "H", block, ifds[0].entries[ORIENTATION].at, 1)
-    for ifd in ifds:
-        for wide, high in _PAIRS:
-            if orientation >= 5 and ifd.page == 0 and wide in ifd.entries and high in ifd.entries:
-                _exchange(block, ifd.entries[wide].where, ifd.entries[high].where)
-    thumbnails = [ifd for ifd in ifds if ifd.page == 1]
-    struct.pack_into(ifds[0].order + "I", block, ifds[0].next_at, 0)
-    return orientation, _without_thumbnail(block, thumbnails)
-
-
-def _exchange(block: bytearray, first: int, second: int) -> None:
-    """Swap type, count and value of two entries and leave their tags where they are."""
-    a, b = slice(first + 2, first + 12), slice(second + 2, second + 12)
-    block[a], block[b] = block[b], block[a]
-
-
-def _without_thumbnail(block: bytearray, thumbnails: list[Ifd]) -> bytes:
-    for ifd in thumbnails:
-        start, length = ifd.numbers(513), ifd.numbers(514)
-        if start and length and start[0] + length[0] <= len(block):
-            block[start[0] : start[0] + length[0]] = bytes(length[0])
-            if start[0] + length[0] == len(block):
-                del block[start[0] :]
-    return bytes(block)
-
-
 def _of_jpeg(data: bytes) -> Metadata:
-    image = Image.open(io.BytesIO(data), formats=("JPEG",))
-    return _of_info(image)
+    metadata = Metadata()
+    exif, icc = list[bytes](), dict[int, bytes]()
+    for marker, content in jpeg_segments(data):
+        if marker == 0xE0 and content.startswith(b"JFIF\0"):
+            unit, x, y = struct.unpack_from(">BHH", content, 7)
+            to_inches = {1: 1.0, 2: 2.54}.get(unit)
+            if to_inches and x and y:
+                metadata = replace(metadata, dpi=(x * to_inches, y * to_inches))
+        elif marker == 0xE1 and content.startswith(_EXIF_PREFIX):
+            exif.append(content.removeprefix(_EXIF_PREFIX))  # blocks over 64 kB go on in the next
+        elif marker == 0xE1 and content.startswith(_XMP_PREFIX):
+            metadata = replace(metadata, xmp=content.removeprefix(_XMP_PREFIX))
+        elif marker == 0xE2 and content.startswith(_ICC_PREFIX):
+            icc[content[12]] = content[14:]
+    profile = b"".join(icc[number] for number in sorted(icc))
+    return replace(metadata, exif=b"".join(exif) or None, icc=profile or None)
 
 
 def _of_webp(data: bytes) -> Metadata:
     found = {kind: data[at : at + length] for kind, at, length in webp_chunks(data)}
     return Metadata(exif=_bare(found.get(b"EXIF")), icc=found.get(b"ICCP"), xmp=found.get(b"XMP "))
-
-
-def _of_info(image: ImageFile.ImageFile) -> Metadata:
-    dpi = image.info.get("dpi")
-    return Metadata(
-        exif=_bare(image.info.get("exif")),
-        icc=image.info.get("icc_profile"),
-        xmp=image.info.get("xmp"),
-        dpi=(float(dpi[0]), float(dpi[1])) if dpi else None,
-    )
 
 
 def _of_png(data: bytes) -> Metadata:
@@ -179,4 +147,4 @@ def _directory(data: bytes, at: int, group: int | None = None) -> dict[int, Any]
 
 def _bare(exif: bytes | None) -> bytes | None:
     """An EXIF block without its JPEG prefix; None for an empty one."""
-    return exif.removeprefix(b"Exif\0\0") or None if exif else None
+    return exif.removeprefix(_EXIF_PREFIX) or None if exif else None

@@ -1,0 +1,1 @@
+"""Photos: found, decoded upright, placed on the canvas, and written back with their metadata."""

@@ -1,0 +1,257 @@
+"""Photos in: decoded and turned upright.
+
+Content decides the format, by its first bytes; the pixels come from libvips (libvips.py). What a
+header claims is checked before anything of its size is allocated.
+"""
+
+import io
+import itertools
+import struct
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+from PIL import Image, ImageCms, JpegImagePlugin
+
+from evenlight.cache.errors import PhotoError
+from evenlight.stages.photos.containers import (
+    PNG_SIGNATURE,
+    jpeg_segment,
+    jpeg_segments,
+    png_chunks,
+    printable,
+)
+from evenlight.stages.photos.exif import Ifd, read_ifds
+from evenlight.stages.photos.libvips import Opened, open_photo
+from evenlight.stages.photos.metadata import Metadata, read_metadata
+
+MIN_SIDE = 16  # pixels; nothing smaller has regions
+_MIN_BYTES = 32  # every format needs more
+_MAX_CHANNELS = 16
+_COLOUR_CHANNELS = {"gray": 1, "rgb": 3, "cmyk": 4}
+_TIFF_MAGICS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Encoding:
+    """How the file was compressed, for writing it back alike."""
+
+    jpeg_tables: dict[int, list[int]] | None = None
+    jpeg_subsampling: int = 0  # as Pillow: 0 is 4:4:4, 1 is 4:2:2, 2 is 4:2:0
+    lossless: bool = True  # of WebP
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Photo:
+    """pixels: HxWx3 RGB, sRGB-encoded, uint8 or uint16 as bit_depth (8 or 16) says, upright.
+    Photos with an ICC profile of another colour space stay in their own (metadata.icc).
+    alpha: HxW of the same type, not premultiplied, or None.  gray: stored with one channel.
+    format: jpeg, png, tiff, webp, or array for an image of an HDF5 file."""
+
+    pixels: np.ndarray
+    bit_depth: int
+    format: str
+    alpha: np.ndarray | None = None
+    gray: bool = False
+    metadata: Metadata = field(default_factory=Metadata)
+    encoding: Encoding = field(default_factory=Encoding)
+
+
+def decode(data: bytes, name: str, *, max_megapixels: float = 128) -> Photo:
+    """Decode one whole photo file, or array from PhotoSource.read_bytes; content decides.
+
+    The first page of a TIFF counts. CMYK becomes sRGB (the note in its metadata says so).
+    Raises PhotoError with a sentence that leaves the name for the caller to add: no photo,
+    truncated, damaged, an animation, above max_megapixels (from the header, before anything is
+    allocated) or under 16 pixels a side. Damage inside a JPEG scan cannot be seen.
+    """
+    format = _format_of(data, name)
+    try:
+        ifds = tuple(read_ifds(data)) if format == "tiff" else ()
+        opened = _open_array(data) if format == "array" else open_photo(data, format)
+        _refuse_size(opened, max_megapixels)
+        _refuse_animation(data, opened, format)
+        metadata, orientation = read_metadata(data, format, ifds)
+        photo = _photo(opened, format, metadata, _alpha_follows(opened, ifds))
+        photo = replace(photo, encoding=_encoding(data, format))
+    except (PhotoError, MemoryError):
+        raise
+    # Hostile bytes lead to any error of the libraries: struct.error, KeyError, SyntaxError ...
+    except Exception as error:
+        raise PhotoError(f"the {format.upper()} decoder gave up: {error}") from error
+    return replace(
+        photo,
+        pixels=_upright(photo.pixels, orientation),
+        alpha=None if photo.alpha is None else _upright(photo.alpha, orientation),
+    )
+
+
+def _format_of(data: bytes, name: str) -> str:
+    if not data:
+        raise PhotoError("the file is empty (0 bytes)")
+    if len(data) < _MIN_BYTES:
+        raise PhotoError(f"the file has {len(data)} bytes: it is truncated, or no photo")
+    if data.startswith(b"\xff\xd8\xff"):
+        return "jpeg"
+    if data.startswith(PNG_SIGNATURE):
+        return "png"
+    if data[:4] in _TIFF_MAGICS:
+        return "tiff"
+    if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
+        return "webp"
+    if data.startswith(b"\x93NUMPY"):
+        return "array"
+    raise PhotoError(_what_it_is_instead(data, name))
+
+
+def _refuse_size(opened: Opened, max_megapixels: float) -> None:
+    size = f"{opened.width} x {opened.height} pixels"
+    if opened.width * opened.height > max_megapixels * 1e6:
+        raise PhotoError(
+            f"the header says {size}, over the limit of {max_megapixels:g} megapixels:"
+            " raise photo.max_megapixels to use it"
+        )
+    if min(opened.width, opened.height) < MIN_SIDE:
+        raise PhotoError(f"the photo is {size}; each side must be at least {MIN_SIDE}")
+    if opened.channels > _MAX_CHANNELS:
+        raise PhotoError(f"a photo of {opened.channels} channels; at most {_MAX_CHANNELS} are read")
+
+
+def _refuse_animation(data: bytes, opened: Opened, format: str) -> None:
+    frames = opened.pages if format == "webp" else 1
+    if format == "png":
+        ahead = itertools.takewhile(lambda chunk: chunk[0] != b"IDAT", png_chunks(data))
+        frames = next((struct.unpack_from(">I", it)[0] for kind, it in ahead if kind == b"acTL"), 1)
+    if frames > 1:
+        raise PhotoError("the file is an animation; only still photos can be used")
+
+
+def _alpha_follows(opened: Opened, ifds: tuple[Ifd, ...]) -> bool:
+    """Whether the channel behind the colours is alpha; a TIFF can hold any other."""
+    if not ifds:
+        return True
+    extra = ifds[0].numbers(338)
+    return bool(extra) and extra[0] in (1, 2)
+
+
+def _photo(opened: Opened, format: str, metadata: Metadata, alpha_follows: bool) -> Photo:
+    samples, count = opened.samples(), _COLOUR_CHANNELS[opened.colours]
+    alpha = None
+    if opened.channels > count and alpha_follows:
+        alpha = samples[..., count].copy()
+    elif opened.channels > count:
+        metadata = metadata.noting("channels that are neither colour nor alpha were not kept")
+    pixels = samples[..., :count]
+    if opened.colours == "cmyk":
+        pixels, metadata = _cmyk_to_srgb(pixels, metadata)
+    elif opened.colours == "gray":
+        pixels = pixels.repeat(3, axis=2)
+    return Photo(
+        pixels=np.ascontiguousarray(pixels),
+        bit_depth=opened.bits,
+        format=format,
+        alpha=alpha,
+        gray=opened.colours == "gray",
+        metadata=metadata,
+    )
+
+
+def _cmyk_to_srgb(cmyk: np.ndarray, metadata: Metadata) -> tuple[np.ndarray, Metadata]:
+    """Through the photo's own profile where it has a usable one."""
+    if cmyk.dtype != np.uint8:
+        raise PhotoError("CMYK of 16 bits per sample cannot be read: save it with 8")
+    image = Image.fromarray(np.ascontiguousarray(cmyk), "CMYK")
+    how = "without a profile, approximately"
+    rgb = None
+    if metadata.icc is not None:
+        try:
+            profile = ImageCms.ImageCmsProfile(io.BytesIO(metadata.icc))
+            srgb = ImageCms.createProfile("sRGB")
+            rgb = ImageCms.profileToProfile(image, profile, srgb, outputMode="RGB")
+            how = "through its profile"
+        except (ImageCms.PyCMSError, OSError):
+            how = "approximately, its profile being damaged"
+    converted = np.array(rgb if rgb is not None else image.convert("RGB"))
+    return converted, replace(metadata, icc=None).noting(f"CMYK was converted to sRGB {how}")
+
+
+def _encoding(data: bytes, format: str) -> Encoding:
+    if format == "webp":
+        return Encoding(lossless=b"VP8L" in data[12:4096])
+    if format != "jpeg":
+        return Encoding()
+    image = _bare_header(data)
+    subsampling = JpegImagePlugin.get_sampling(image)
+    if image.mode == "L" or (image.mode == "RGB" and subsampling in (0, 1, 2)):
+        return Encoding(jpeg_tables=image.quantization, jpeg_subsampling=max(subsampling, 0))
+    return Encoding()
+
+
+def _bare_header(data: bytes) -> JpegImagePlugin.JpegImageFile:
+    """The JPEG's tables and frame header as Pillow reads them, without its pixels and metadata
+    (it is slow on the megabytes of metadata that a hostile file can hold)."""
+    kept = [
+        jpeg_segment(marker, content)
+        for marker, content in jpeg_segments(data)
+        if marker == 0xDB or (0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC))
+    ]
+    bare = b"\xff\xd8" + b"".join(kept) + jpeg_segment(0xDA, b"")
+    image = Image.open(io.BytesIO(bare), formats=("JPEG",))
+    assert isinstance(image, JpegImagePlugin.JpegImageFile)
+    return image
+
+
+def _upright(pixels: np.ndarray, orientation: int) -> np.ndarray:
+    """Undo an EXIF orientation (EXIF 2.32, table 6).  HxW or HxWxC."""
+    if orientation in (5, 6, 7, 8):
+        pixels = pixels.swapaxes(0, 1)
+    if orientation in (3, 4, 7, 8):
+        pixels = pixels[::-1]
+    if orientation in (2, 3, 6, 7):
+        pixels = pixels[:, ::-1]
+    return np.ascontiguousarray(pixels)
+
+
+def _open_array(data: bytes) -> Opened:
+    stream = io.BytesIO(data)
+    try:
+        np.lib.format.read_magic(stream)
+        shape, _, dtype = np.lib.format.read_array_header_1_0(stream)
+    except ValueError as error:
+        raise PhotoError(f"an array whose header cannot be read: {error}") from error
+    if dtype not in (np.uint8, np.uint16) or not _is_image_shape(shape):
+        raise PhotoError(
+            f"an array of {dtype} and shape {shape}; expected uint8 or uint16 of"
+            " HxW, HxWx1, HxWx3 or HxWx4"
+        )
+    expected = stream.tell() + int(np.prod(shape)) * dtype.itemsize
+    if len(data) != expected:
+        raise PhotoError(f"an array of {len(data)} bytes, its header promises {expected}")
+    channels = shape[2] if len(shape) == 3 else 1
+    return Opened(
+        width=shape[1],
+        height=shape[0],
+        bits=8 * dtype.itemsize,
+        colours="gray" if channels == 1 else "rgb",
+        channels=channels,
+        samples=lambda: np.load(io.BytesIO(data), allow_pickle=False).reshape(*shape[:2], channels),
+    )
+
+
+def _is_image_shape(shape: tuple[int, ...]) -> bool:
+    return len(shape) == 2 or (len(shape) == 3 and shape[2] in (1, 3, 4))
+
+
+def _what_it_is_instead(data: bytes, name: str) -> str:
+    start = data[:512].lstrip(b"\xef\xbb\xbf \t\r\n").lower()
+    if start.startswith((b"<!doctype html", b"<html", b"<head", b"<body")):
+        what = "an HTML page"
+    elif not any(data):
+        what = f"{len(data)} zero bytes"
+    elif start.startswith((b"gif8", b"bm", b"%pdf", b"{", b"<?xml", b"<svg")):
+        what = f"another kind of file (it begins with {printable(data[:8])})"
+    elif data[4:8] == b"ftyp":
+        what = f"a {printable(data[8:12]).strip()} file (HEIF, AVIF or video)"
+    else:
+        what = f"no photo (it begins with {printable(data[:8])})"
+    suffix = name.rpartition(".")[2].lower() if "." in name else "a photo"
+    return f"named {suffix}, but holds {what}; JPEG, PNG, TIFF and WebP can be read"

@@ -1,0 +1,94 @@
+"""The door to libvips, which reads JPEG, PNG, TIFF and WebP.  The only importer of pyvips.
+
+The loader is chosen by the caller from the file's signature: the one that guesses would let any of
+libvips' many loaders meet hostile bytes.
+"""
+
+import logging
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+from evenlight.cache.errors import PhotoError
+
+os.environ["VIPS_CONCURRENCY"] = "1"  # read when libvips starts: processes share the cores
+import pyvips
+
+pyvips.cache_set_max(0)  # it would keep the pixels of former photos
+pyvips.block_untrusted_set(True)
+logging.getLogger("pyvips").setLevel(logging.ERROR)  # warnings that the PhotoError already says
+
+_LOADERS = {
+    "jpeg": pyvips.Image.jpegload_buffer,
+    "png": pyvips.Image.pngload_buffer,
+    "tiff": pyvips.Image.tiffload_buffer,
+    "webp": pyvips.Image.webpload_buffer,
+}
+_COLOURS = {"b-w": "gray", "grey16": "gray", "srgb": "rgb", "rgb": "rgb", "rgb16": "rgb",
+            "cmyk": "cmyk"}  # fmt: skip
+_BITS = {"uchar": 8, "ushort": 16}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Opened:
+    """A photo whose header is read and whose pixels are not.
+
+    width, height: pixels, as stored.  bits: 8 or 16 per sample, as decoded.  colours: gray, rgb or
+    cmyk.  channels: colours and what follows them.  pages: images in the file.
+    samples: decodes; HxWxC uint8 or uint16, alpha not premultiplied; raises PhotoError.
+    """
+
+    width: int
+    height: int
+    bits: int
+    colours: str
+    channels: int
+    pages: int = 1
+    samples: Callable[[], np.ndarray]
+
+
+def open_photo(data: bytes, format: str) -> Opened:
+    """Read the header of a file of a known format: jpeg, png, tiff or webp.
+
+    The first page of several is opened.  Raises PhotoError when the header is damaged, or the
+    samples are of a kind that no photo has.
+    """
+    try:
+        # "error": what is cut short or fails a checksum is refused; "warning" would refuse TIFFs
+        # for a description without its final zero.
+        image = _LOADERS[format](data, fail_on="error", access="sequential")
+    except pyvips.Error as error:
+        raise _refusal(error) from error
+    if image.format not in _BITS or image.interpretation not in _COLOURS:
+        raise PhotoError(
+            f"its samples are of type {image.format} and colour space {image.interpretation}; only"
+            " unsigned integers of up to 8 or of 16 bits, gray, RGB or CMYK, can be read"
+        )
+
+    def samples() -> np.ndarray:
+        try:
+            decoded = image.numpy()
+        except pyvips.Error as error:
+            raise _refusal(error) from error
+        return decoded.reshape(image.height, image.width, image.bands)
+
+    return Opened(
+        width=image.width,
+        height=image.height,
+        bits=_BITS[image.format],
+        colours=_COLOURS[image.interpretation],
+        channels=image.bands,
+        pages=image.get("n-pages") if image.get_typeof("n-pages") else 1,
+        samples=samples,
+    )
+
+
+def _refusal(error: pyvips.Error) -> Exception:
+    lines = [line.strip() for line in str(error.detail).splitlines() if line.strip()]
+    reason = lines[-1] if lines else "its data ends early"
+    if "out of memory" in reason:
+        return MemoryError(reason)
+    reason = reason.partition(": ")[2] or reason  # without the name of libvips' own part
+    return PhotoError(f"the file is truncated or damaged: {reason}")
