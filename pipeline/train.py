@@ -16,8 +16,10 @@ from evenlight.pipeline.console import Progress, silent
 from evenlight.pipeline.models import Models, choose_device, load_models, priors_of
 from evenlight.pipeline.plan import made_by, recorded_plans
 from evenlight.pipeline.prompts import store_scorer
+from evenlight.stages.corrector.batches import TrainingData
 from evenlight.stages.corrector.inputs import at_working_size
-from evenlight.stages.corrector.training import Frozen, TrainingData, TrainResult
+from evenlight.stages.corrector.losses import Frozen
+from evenlight.stages.corrector.training import Kept, TrainResult
 from evenlight.stages.corrector.training import train as run_training
 from evenlight.stages.photos.canvas import Extent
 from evenlight.stages.pixels import resize, to_float
@@ -54,19 +56,18 @@ def train(
 
     out.mkdir(parents=True, exist_ok=True)
     atomic_write(out / "settings.toml", config.to_toml(settings).encode())
+    info = {
+        "settings": {k: v for k, v in config.to_dict(settings).items() if k != "run"},
+        "priors": priors_of(models, scorer.fingerprint),
+        "store": digest,
+    }
     return run_training(
         data,
-        Frozen(features=models.segmenter.features, logits=logits),
+        Frozen(models.segmenter.features, logits, torch.device(device)),
         settings,
         out,
-        info={
-            "settings": {k: v for k, v in config.to_dict(settings).items() if k != "run"},
-            "priors": priors_of(models, scorer.fingerprint),
-            "store": digest,
-        },
-        extra={f"scorer.{name}": tensor for name, tensor in scorer.to_tensors().items()},
+        Kept(info, {f"scorer.{name}": tensor for name, tensor in scorer.to_tensors().items()}),
         resume=resume,
-        device=device,
         on_progress=lambda step, steps, record: on_progress("steps", step, steps),
     )
 

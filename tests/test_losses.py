@@ -1,7 +1,6 @@
 """Losses are 0 when nothing is wrong, finite on any photo, and calibrated to their shares."""
 
 import math
-from dataclasses import replace
 
 import pytest
 import torch
@@ -9,7 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from evenlight.stages.corrector import losses
-from evenlight.stages.corrector.losses import Calibration, Sample, total
+from evenlight.stages.corrector.batches import Batch, Draw
+from evenlight.stages.corrector.losses import Calibration, Frozen, total
 from evenlight.stages.settings import LossSettings
 
 GENERATOR = torch.Generator().manual_seed(0)
@@ -29,39 +29,41 @@ def logits(rgb: Tensor) -> Tensor:
     return torch.stack([0.5 - mean, 0.1 - (mean - 0.5).abs(), mean - 0.5], dim=1) * 20
 
 
-def sample(output: Tensor | None = None, **changes) -> Sample:
+MODELS = Frozen(features, logits)
+
+
+def sample(**changes) -> Batch:
     generator = torch.Generator().manual_seed(1)
     target = torch.rand(4, 3, 32, 32, generator=generator)
     target = torch.cat([target[:2], target[:2]])
+    choices = {"photos": [0, 1] * 2, "corners": [(0, 0)] * 4, "flips": [False] * 4}
     values = {
         "photo": target * 0.5,
-        "output": target if output is None else output,
+        "whole": target,
+        "proto": torch.zeros(4, 32, 8, 8),
+        "p3": torch.zeros(4, 6, 4, 4),
         "target": target,
         "confidence": torch.rand(4, 1, 32, 32, generator=generator),
         "labels": torch.randint(0, 4, (4, 32, 32), generator=generator).to(torch.uint8),
         "well_exposed": torch.tensor([True, False, False, False]),
-        "paired": True,
+        "chosen": Draw(**choices, strengths=[0.0] * 4, paired=True, view=VIEW, seen=(0, 4)),
     }
-    return Sample(**(values | changes))
+    return Batch(**(values | changes))
 
 
-def parts_of(case: Sample, settings: LossSettings | None = None) -> dict[str, Tensor]:
-    loss, parts = total(
-        case,
-        losses.START_WEIGHTS,
-        settings or LossSettings(),
-        features=features,
-        logits=logits,
-        spc_rows=slice(0, 4),
-        view=VIEW,
-    )
+def parts_of(
+    case: Batch, output: Tensor | None = None, settings: LossSettings | None = None
+) -> dict[str, Tensor]:
+    """The parts of the loss; the output is the target where none is given."""
+    output = case.target if output is None else output
+    loss, parts = total(case, output, losses.START_WEIGHTS, settings or LossSettings(), MODELS)
     assert torch.isfinite(loss)
     return parts
 
 
 @pytest.mark.parametrize("faithful", [False, True])
 def test_data_colour_semantic_and_consistency_are_0_when_the_output_is_the_target(faithful):
-    parts = parts_of(sample(), LossSettings(faithful=faithful))
+    parts = parts_of(sample(), settings=LossSettings(faithful=faithful))
     for name in ("data", "colour", "semantic", "consistency"):
         assert float(parts[name]) == pytest.approx(0, abs=2e-6), name
 
@@ -70,13 +72,13 @@ def test_every_part_notices_what_it_is_for():
     good = sample()
     generator = torch.Generator().manual_seed(2)
     noise = good.target + 0.2 * torch.randn(4, 3, 32, 32, generator=generator)
-    parts = parts_of(replace(good, output=noise))
+    parts = parts_of(good, noise)
     assert all(float(part) > 1e-3 for name, part in parts.items() if name != "prompt"), parts
-    dark = parts_of(replace(good, output=good.target * 0.2))
+    dark = parts_of(good, good.target * 0.2)
     assert float(dark["prompt"]) > 1
     assert float(dark["colour"]) == pytest.approx(0, abs=1e-2)  # same hue, other brightness
     tinted = good.target * torch.tensor([1.0, 0.5, 1.0]).view(3, 1, 1)
-    assert float(parts_of(replace(good, output=tinted))["colour"]) > 0.02
+    assert float(parts_of(good, tinted)["colour"]) > 0.02
 
 
 @pytest.mark.parametrize("output", [0.0, 1.0])
@@ -84,8 +86,8 @@ def test_every_part_notices_what_it_is_for():
 @pytest.mark.parametrize("faithful", [False, True])
 def test_black_and_white_give_finite_losses_and_gradients(output, target, faithful):
     flat = torch.full((4, 3, 32, 32), output, requires_grad=True)
-    case = sample(flat, target=torch.full((4, 3, 32, 32), target))
-    sum(parts_of(case, LossSettings(faithful=faithful)).values()).backward()
+    case = sample(target=torch.full((4, 3, 32, 32), target))
+    sum(parts_of(case, flat, LossSettings(faithful=faithful)).values()).backward()
     assert flat.grad is not None and torch.isfinite(flat.grad).all()
 
 
@@ -135,7 +137,7 @@ def test_regions_are_pooled_apart():
 
 def test_gradients_of_semantic_and_prompt_halves_reach_the_output():
     output = (sample().target * 0.3).requires_grad_()
-    parts = parts_of(sample(output))
+    parts = parts_of(sample(), output)
     for name in ("semantic", "prompt"):
         (gradient,) = torch.autograd.grad(parts[name], output, retain_graph=True)
         assert float(gradient.norm()) > 0
@@ -143,16 +145,9 @@ def test_gradients_of_semantic_and_prompt_halves_reach_the_output():
 
 def test_parts_with_share_zero_and_steps_without_spc_are_left_out():
     settings = LossSettings(colour=0, identity=0, consistency=0, semantic=0)
-    assert set(parts_of(sample(), settings)) == {"data", "prompt"}
-    _, parts = total(
-        sample(),
-        losses.START_WEIGHTS,
-        LossSettings(),
-        features=features,
-        logits=logits,
-        spc_rows=None,
-        view=VIEW,
-    )
+    assert set(parts_of(sample(), settings=settings)) == {"data", "prompt"}
+    case = sample()
+    parts = parts_of(case._replace(chosen=case.chosen._replace(seen=None)))
     assert "semantic" not in parts and "prompt" not in parts
 
 
@@ -168,7 +163,7 @@ def test_calibration_gives_each_part_its_share_once_and_survives_a_checkpoint():
         False,
         False,
     ]
-    parts = parts_of(sample(output))
+    parts = parts_of(sample(), output)
     calibration.measure(parts, output)
     half_way = Calibration(settings, (2, 4))
     half_way.restore(calibration.state())

@@ -21,8 +21,9 @@ from evenlight.stages.corrector.batches import (
     take,
 )
 from evenlight.stages.corrector.checkpoint import load_checkpoint, load_corrector, load_latest
+from evenlight.stages.corrector.losses import Frozen
 from evenlight.stages.corrector.run import Run
-from evenlight.stages.corrector.training import Frozen, NonFinite, train
+from evenlight.stages.corrector.training import Kept, NonFinite, train
 from evenlight.stages.priors import tone
 from evenlight.stages.settings import NetworkSettings, Settings, TrainSettings
 
@@ -44,7 +45,7 @@ TOY = Settings(
         spc_photos=2,
     ),
 )
-INFO = {"priors": {"segmenter": "toy", "clip": "toy"}}
+KEPT = Kept({"priors": {"segmenter": "toy", "clip": "toy"}}, {})
 
 
 @pytest.fixture(autouse=True)
@@ -92,8 +93,8 @@ def toy_models() -> Frozen:
     return Frozen(lambda x: (F.conv2d(x, w4, stride=4), F.conv2d(x, w8, stride=8)), logits)
 
 
-def run(out: Path, settings: Settings = TOY, **options) -> training.TrainResult:
-    return train(toy_data(), toy_models(), settings, out, **({"info": INFO} | options))
+def run(out: Path, settings: Settings = TOY, kept: Kept = KEPT, **options) -> training.TrainResult:
+    return train(toy_data(), toy_models(), settings, out, kept, **options)
 
 
 def with_train(**changes) -> Settings:
@@ -221,7 +222,7 @@ def test_nan_stops_before_the_update(tmp_path, monkeypatch, where, bad_step):
     what = "gradient" if where == "gradient" else "loss"
     message = f"the {what} of step {bad_step} is .*stopped before the update"
     with pytest.raises(NonFinite, match=message):
-        train(toy_data(), Frozen(features, logits), settings, tmp_path, info=INFO)
+        train(toy_data(), Frozen(features, logits), settings, tmp_path, KEPT)
 
     after = {"network": runs[0].network, "ema": runs[0].ema}
     for name, model in after.items():
@@ -245,14 +246,14 @@ def test_training_brings_photos_closer_to_their_pseudo_gt(tmp_path):
     assert result.best_psnr > start + 3
     network, info, _ = load_corrector(tmp_path)
     assert training.validate(network, data, held_out, settings) == pytest.approx(result.best_psnr)
-    assert info["priors"] == INFO["priors"] and info["figures"]["best_step"] == 40
+    assert info["priors"] == KEPT.info["priors"] and info["figures"]["best_step"] == 40
     assert set(info["loss_weights"]) >= {"data", "semantic", "prompt", "consistency"}
 
 
 def test_the_corrector_holds_the_best_validation_and_the_extra_tensors(tmp_path):
     extra = {"text": torch.randn(3, 4)}
     settings = with_train(steps=6, validate_every=2)
-    result = run(tmp_path, settings, extra=extra)
+    result = run(tmp_path, settings, KEPT._replace(tensors=extra))
     psnrs = {x["step"]: x["validation_psnr"] for x in log_lines(tmp_path) if "validation_psnr" in x}
     assert result.best_psnr == max(psnrs.values()) == psnrs[result.best_step]
     network, _, found = load_corrector(tmp_path)
@@ -279,7 +280,7 @@ def test_other_settings_other_priors_or_no_resume_are_refused(uninterrupted):
     with pytest.raises(StoreError, match=r"begun with train = .*choose another output folder"):
         run(out, with_train(learning_rate=1e-4))
     with pytest.raises(StoreError, match="begun with priors"):
-        run(out, info={"priors": "others"})
+        run(out, kept=Kept({"priors": "others"}, {}))
     with pytest.raises(UsageError, match="holds a run at step 12"):
         run(out, resume=False)
 
@@ -291,7 +292,7 @@ def test_two_trainings_of_one_folder_are_refused(tmp_path):
 
 def test_one_photo_is_refused(tmp_path):
     with pytest.raises(UsageError, match="at least 2 photos"):
-        train(toy_data(1), toy_models(), TOY, tmp_path, info=INFO)
+        train(toy_data(1), toy_models(), TOY, tmp_path, KEPT)
 
 
 @pytest.mark.parametrize("paired", [True, False])

@@ -49,10 +49,14 @@ class Draw(NamedTuple):
     corners: list[tuple[int, int]]  # B top, left on GRID
     flips: list[bool]  # B
     strengths: list[float]  # B re-exposures; 0 in the first half
+    paired: bool  # the second half of the batch re-exposes the crops of the first half
     view: tuple[int, int, int, int]  # top, left, height, width of the prompt half's crop
+    seen: tuple[int, int] | None  # rows from, to that FastSAM and CLIP see; None: not this step
 
 
 class Batch(NamedTuple):
+    """What the network sees in one step, and what its losses compare the output with."""
+
     photo: Tensor  # f32 B,3,c,c in [0, 1], re-exposed
     whole: Tensor  # f32 B,3,32,32, the whole photo likewise
     proto: Tensor  # f32 B,32,c/4,c/4
@@ -61,6 +65,7 @@ class Batch(NamedTuple):
     confidence: Tensor  # f32 B,1,c,c, 0 outside the photo
     labels: Tensor  # u8 B,c,c
     well_exposed: Tensor  # bool B, False where re-exposed
+    chosen: Draw
 
 
 def split_photos(num_photos: int, settings: TrainSettings) -> tuple[list[int], list[int]]:
@@ -103,7 +108,9 @@ def draw(
         corners=corners * copies,
         flips=flips * copies,
         strengths=[0.0] * half + (settings.reexpose * uniform).tolist(),
+        paired=paired,
         view=(top, left, side, side),
+        seen=_seen(step, settings),
     )
 
 
@@ -160,7 +167,20 @@ def take(
         confidence=confidence,
         labels=cut(data.regions, 1),
         well_exposed=data.well_exposed[chosen.photos].to(device) & (strengths == 0),
+        chosen=chosen,
     )
+
+
+def _seen(step: int, settings: TrainSettings) -> tuple[int, int] | None:
+    """The photos that FastSAM and CLIP see in this step, from either half in turn; or None.
+
+    The last of every spc_every steps has them, so that logged steps show these parts too.
+    """
+    turn, idle = divmod(step + 1, settings.spc_every)
+    if idle:
+        return None
+    first = settings.batch // 2 * (turn % 2)
+    return first, min(first + settings.spc_photos, settings.batch)
 
 
 def _nth(photos: Sequence[int], n: int, seed: int) -> int:

@@ -7,16 +7,17 @@ Every part is a mean that is 0 when the output is what it should be, finite on a
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from evenlight.stages.corrector.batches import Batch
 from evenlight.stages.settings import LossSettings
 
-Features = Callable[[Tensor], tuple[Tensor, Tensor]]  # rgb B,3,H,W -> proto, p3; differentiable
-Logits = Callable[[Tensor], Tensor]  # rgb B,3,H,W -> B,3 (under, normal, over); differentiable
+Features = Callable[[Tensor], tuple[Tensor, Tensor]]  # rgb B,3,H,W in [0, 1] -> proto, p3
+Logits = Callable[[Tensor], Tensor]  # rgb B,3,H,W in [0, 1] -> B,3 (under, normal, over)
 
 # Weights until the shares are calibrated (method.md 6; identity and consistency inferred).
 START_WEIGHTS = {
@@ -31,50 +32,38 @@ GOOD_ENOUGH = 0.9  # probability of "normal" from which the prompt half asks for
 DARK = 0.03  # pixels with a shorter RGB vector have no hue to keep
 
 
-@dataclass(frozen=True, kw_only=True)
-class Sample:
-    """What the losses of one step compare. Photos are float RGB in [0, 1]; outputs may leave it."""
+class Frozen(NamedTuple):
+    """The priors that the losses ask: differentiable, their own weights never change."""
 
-    photo: Tensor  # B,3,H,W, as the network saw it
-    output: Tensor  # B,3,H,W
-    target: Tensor  # B,3,H,W, pseudo-GT, no gradient
-    confidence: Tensor  # B,1,H,W, of the pseudo-GT, in [0, 1]
-    labels: Tensor  # B,H,W, region map, integers
-    well_exposed: Tensor  # B, bool: the photo as given is good and must stay
-    paired: bool  # the second half of the batch re-exposes the crops of the first half
+    features: Features
+    logits: Logits
+    device: torch.device = torch.device("cpu")  # where they lie
 
 
 def total(
-    sample: Sample,
-    weights: dict[str, float],
-    settings: LossSettings,
-    *,
-    features: Features,
-    logits: Logits,
-    spc_rows: slice | None,
-    view: tuple[int, int, int, int],
+    batch: Batch, output: Tensor, weights: dict[str, float], settings: LossSettings, models: Frozen
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The weighted sum, and its parts without weights.
 
-    spc_rows: photos that the semantic and prompt halves see in this step; None: neither runs.
-    view: top, left, height, width in pixels of the crop that the prompt half sees beside the
-    whole. Parts with share 0 are left out.
+    output: the corrected photos of the batch, float B,3,H,W; it may leave [0, 1].  Parts with
+    share 0 are left out, and the semantic and prompt halves where the models see no photo.
     """
-    output, target, confidence = sample.output, sample.target, sample.confidence
+    target, confidence, chosen = batch.target, batch.confidence, batch.chosen
     measure = mse if settings.faithful else charbonnier_ssim
     parts = {"data": measure(output, target, confidence)}
     if settings.colour:
         parts["colour"] = colour(output, target, confidence)
     if settings.identity:
-        parts["identity"] = identity(output, sample.photo, sample.well_exposed)
-    if settings.consistency and sample.paired:
+        parts["identity"] = identity(output, batch.photo, batch.well_exposed)
+    if settings.consistency and chosen.paired:
         parts["consistency"] = charbonnier(*output.chunk(2)).mean()
-    if spc_rows is not None:
-        seen = output[spc_rows].clamp(0, 1)
+    if chosen.seen is not None:
+        rows = slice(*chosen.seen)
+        seen = output[rows].clamp(0, 1)
         if settings.semantic:
-            parts["semantic"] = semantic(seen, target[spc_rows], sample.labels[spc_rows], features)
+            parts["semantic"] = semantic(seen, target[rows], batch.labels[rows], models.features)
         if settings.prompt:
-            parts["prompt"] = prompt(seen, logits, view)
+            parts["prompt"] = prompt(seen, models.logits, chosen.view)
     weighted = [weights[name] * part for name, part in parts.items()]
     return torch.stack(weighted).sum(), parts
 

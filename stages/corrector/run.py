@@ -14,7 +14,7 @@ from torch import Tensor
 
 from evenlight.cache.errors import StoreError, UsageError
 from evenlight.cache.files import atomic_write
-from evenlight.stages.corrector.checkpoint import load_latest
+from evenlight.stages.corrector.checkpoint import Checkpoint, load_latest, save_checkpoint
 from evenlight.stages.corrector.losses import Calibration
 from evenlight.stages.corrector.network import Corrector
 from evenlight.stages.settings import Settings
@@ -25,8 +25,10 @@ Progress = Callable[[int, int, dict[str, Any]], None]  # step, steps, record
 
 @dataclass(kw_only=True)
 class Run:
-    """Everything that a step changes: what a checkpoint holds."""
+    """Everything that a step changes: what a checkpoint holds, and where it is kept."""
 
+    folder: Path
+    info: dict[str, Any]  # what must be the same on resume
     network: Corrector
     ema: Corrector
     optimiser: torch.optim.AdamW
@@ -36,7 +38,8 @@ class Run:
     best_psnr: float = -math.inf
     history: list[float] = field(default_factory=list)  # seconds of the steps of this call
 
-    def state(self, info: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    def save(self) -> None:
+        """Write a checkpoint of this step.  Raises OSError with the earlier ones untouched."""
         tensors = {f"network.{name}": x for name, x in self.network.state_dict().items()}
         tensors |= {f"ema.{name}": x for name, x in self.ema.state_dict().items()}
         for index, state in self.optimiser.state_dict()["state"].items():
@@ -46,11 +49,13 @@ class Run:
             "best_psnr": self.best_psnr if math.isfinite(self.best_psnr) else None,
             "calibration": self.calibration.state(),
         }
-        return tensors, info | {"progress": progress}
+        info = self.info | {"progress": progress}
+        save_checkpoint(checkpoints_of(self.folder), self.step, tensors, info, self.best_step)
 
-    def restore(self, tensors: dict[str, Tensor], info: dict[str, Any]) -> None:
+    def restore(self, checkpoint: Checkpoint) -> None:
         def part(prefix: str) -> dict[str, Tensor]:
-            return {k.removeprefix(prefix): x for k, x in tensors.items() if k.startswith(prefix)}
+            found = ((k, x) for k, x in checkpoint.tensors.items() if k.startswith(prefix))
+            return {k.removeprefix(prefix): x for k, x in found}
 
         self.network.load_state_dict(part("network."))
         self.ema.load_state_dict(part("ema."))
@@ -60,8 +65,8 @@ class Run:
             states.setdefault(int(index), {})[key] = x
         groups = self.optimiser.state_dict()["param_groups"]
         self.optimiser.load_state_dict({"state": states, "param_groups": groups})
-        progress = info["progress"]
-        self.step, self.best_step = info["step"], progress["best_step"]
+        progress = checkpoint.info["progress"]
+        self.step, self.best_step = checkpoint.step, progress["best_step"]
         self.best_psnr = -math.inf if progress["best_psnr"] is None else progress["best_psnr"]
         self.calibration.restore(progress["calibration"])
 
@@ -75,12 +80,12 @@ class Run:
 def begin(
     p3_channels: int,
     settings: Settings,
-    checkpoints: Path,
+    folder: Path,
     info: dict[str, Any],
     resume: bool,
     device: torch.device,
 ) -> Run:
-    """A new run, or the newest whole checkpoint of the same run."""
+    """A new run, or the newest whole checkpoint of the same run in folder."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(settings.train.seed)
         network = Corrector(settings.network, p3_channels).to(device)
@@ -91,11 +96,14 @@ def begin(
         {"params": others, "weight_decay": 0.0},
     ]
     run = Run(
+        folder=folder,
+        info=info | choices_of(settings),
         network=network,
         ema=copy.deepcopy(network).eval().requires_grad_(False),
         optimiser=torch.optim.AdamW(groups, lr=settings.train.learning_rate, betas=(0.9, 0.99)),
         calibration=Calibration(settings.losses, settings.train.calibrate),
     )
+    checkpoints = checkpoints_of(folder)
     checkpoint = load_latest(checkpoints)
     if checkpoint is None:
         return run
@@ -104,16 +112,20 @@ def begin(
             f"{checkpoints} holds a run at step {checkpoint.step}: resume it, "
             "remove it, or choose another output folder"
         )
-    for name, value in json.loads(json.dumps(info)).items():
+    for name, value in json.loads(json.dumps(run.info)).items():
         before = checkpoint.info.get(name)
         if before != value:
             raise StoreError(
                 f"the run in {checkpoints} was begun with {name} = {before}, "
                 f"now it is {value}: restore it, or choose another output folder"
             )
-    run.restore(checkpoint.tensors, checkpoint.info)
-    log.info("resuming %s at step %d", checkpoints.parent, run.step)
+    run.restore(checkpoint)
+    log.info("resuming %s at step %d", folder, run.step)
     return run
+
+
+def checkpoints_of(folder: Path) -> Path:
+    return folder / "checkpoints"
 
 
 def choices_of(settings: Settings) -> dict[str, Any]:
@@ -125,13 +137,7 @@ def choices_of(settings: Settings) -> dict[str, Any]:
 class RunLog:
     """JSON lines, one per record; on resume the lines of steps that will be done again go."""
 
-    def __init__(
-        self,
-        path: Path,
-        step: int,
-        steps: int,
-        on_progress: Progress,
-    ) -> None:
+    def __init__(self, path: Path, step: int, steps: int, on_progress: Progress) -> None:
         self.path, self.steps, self.on_progress = path, steps, on_progress
         if path.exists():
             whole = [line for line in path.read_bytes().splitlines(True) if line.endswith(b"\n")]

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from evenlight.cache.errors import EvenlightError
 from evenlight.cache.files import Lock, make_folder, write_json
 from evenlight.stages.corrector.batches import (
-    Batch,
     Draw,
     TrainingData,
     draw,
@@ -21,15 +20,17 @@ from evenlight.stages.corrector.batches import (
     split_photos,
     take,
 )
-from evenlight.stages.corrector.checkpoint import (
-    checkpoint_path,
-    load_checkpoint,
-    save_checkpoint,
-    save_corrector,
-)
-from evenlight.stages.corrector.losses import Features, Logits, Sample, total
+from evenlight.stages.corrector.checkpoint import checkpoint_path, load_checkpoint, save_corrector
+from evenlight.stages.corrector.losses import Frozen, total
 from evenlight.stages.corrector.network import Corrector, correct
-from evenlight.stages.corrector.run import Progress, Run, RunLog, begin, choices_of
+from evenlight.stages.corrector.run import (
+    Progress,
+    Run,
+    RunLog,
+    begin,
+    checkpoints_of,
+    choices_of,
+)
 from evenlight.stages.corrector.scan import choose
 from evenlight.stages.settings import Settings
 
@@ -41,11 +42,11 @@ class NonFinite(EvenlightError):  # noqa: N818 - reads as the sentence it is
     """A loss or gradient was NaN or infinite; the weights are those of the step before."""
 
 
-class Frozen(NamedTuple):
-    """The priors that the losses ask. Differentiable, their own weights never change."""
+class Kept(NamedTuple):
+    """What is kept with a corrector beside its weights."""
 
-    features: Features  # rgb B,3,H,W in [0, 1] -> proto, p3
-    logits: Logits  # rgb B,3,H,W in [0, 1] -> B,3 (under, normal, over)
+    info: dict[str, Any]  # JSON values: fingerprints of its priors; must be the same on resume
+    tensors: dict[str, Tensor]  # small ones of its priors, without which it cannot be used
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,42 +63,30 @@ def train(
     models: Frozen,
     settings: Settings,
     out: Path,
+    kept: Kept,
     *,
-    info: dict[str, Any],
-    extra: dict[str, Tensor] | None = None,
     resume: bool = True,
-    device: torch.device | str = "cpu",
     on_progress: Progress = lambda step, steps, record: None,
 ) -> TrainResult:
     """Train a corrector and write it to `out` (EMA weights of the best validation).
 
-    The models behind `models` lie on `device`, and data where it fits. info (JSON values:
-    fingerprints of the priors) is kept with every checkpoint and must be the same on resume; extra
-    tensors (the scorer's) go into the corrector file. on_progress(step, steps, record) is called
-    for each line of `out`/log.jsonl. Raises UsageError, StoreError (damaged or foreign
-    checkpoints), NonFinite.
+    It is trained on the device where the models lie, and data where it fits.
+    on_progress(step, steps, record) is called for each line of `out`/log.jsonl.  Raises UsageError,
+    StoreError (damaged or foreign checkpoints), NonFinite.
     """
     make_folder(out)
     with Lock(out / ".lock", f"run {out}"):
-        return _train(data, models, settings, out, info, extra, resume, device, on_progress)
+        run = begin(data.p3.shape[1], settings, out, kept.info, resume, models.device)
+        record = RunLog(out / "log.jsonl", run.step, settings.train.steps, on_progress)
+        _take_steps(run, data, models, settings, record)
+        return _finish(run, settings, kept)
 
 
-def _train(
-    data: TrainingData,
-    models: Frozen,
-    settings: Settings,
-    out: Path,
-    info: dict[str, Any],
-    extra: dict[str, Tensor] | None,
-    resume: bool,
-    device: torch.device | str,
-    on_progress: Progress,
-) -> TrainResult:
-    options, device = settings.train, torch.device(device)
-    checkpoints = out / "checkpoints"
-    info = info | choices_of(settings)
-    run = begin(data.p3.shape[1], settings, checkpoints, info, resume, device)
-    record = RunLog(out / "log.jsonl", run.step, options.steps, on_progress)
+def _take_steps(
+    run: Run, data: TrainingData, models: Frozen, settings: Settings, record: RunLog
+) -> None:
+    """The loop: every step that the run has yet to do."""
+    options, device = settings.train, models.device
     photos, held_out = split_photos(len(data.photo), options)
     extents, small = data.extent.tolist(), small_copies(data).to(device)
     paired = settings.losses.consistency > 0
@@ -106,77 +95,53 @@ def _train(
 
     while run.step < options.steps:
         started = time.perf_counter()
-        step, rate = run.step, learning_rate(run.step, settings)
-        chosen = draw(step, photos, extents, options, paired)
+        rate = learning_rate(run.step, settings)
+        chosen = draw(run.step, photos, extents, options, paired)
         batch = take(data, small, extents, chosen, options.crop)
 
         # forward, in bfloat16 where the device gains; scan, FFT and tone curves stay in float32
         with torch.autocast(device.type, torch.bfloat16, enabled=amp):
             correction = run.network(batch.photo, batch.proto, batch.p3, batch.whole)
         output = correct(batch.photo, correction, settings.network.family)
-        weights = run.calibration.weights
-        loss, parts = _loss(_sample(batch, output, paired), weights, models, chosen, step, settings)
+        loss, parts = total(batch, output, run.calibration.weights, settings.losses, models)
 
-        # finite? else stop with the weights of the step before
-        _require_finite(loss, "loss", step, chosen, parts, data, settings, out)
-        if run.calibration.measures(step):
+        # backward; finite? else stop with the weights of the step before
+        if run.calibration.measures(run.step):
             run.calibration.measure(parts, output)
         run.optimiser.zero_grad(set_to_none=True)
         loss.backward()
         gradients = [p.grad for p in run.network.parameters() if p.grad is not None]
         norm = nn.utils.get_total_norm(gradients)
-        _require_finite(norm, "gradient", step, chosen, parts, data, settings, out)
+        figures = {"loss": loss, "gradient": norm, **parts}
+        if not (math.isfinite(loss.item()) and math.isfinite(norm.item())):
+            names = [data.names[i] for i in chosen.photos]
+            raise _not_finite(run, settings, chosen, names, figures)
 
         # step
         nn.utils.clip_grads_with_norm_(run.network.parameters(), options.clip_norm, norm)
         for group in run.optimiser.param_groups:
             group["lr"] = rate
         run.optimiser.step()
-        run.follow(min(options.ema, (1 + step) / (10 + step)))
+        run.follow(min(options.ema, (1 + run.step) / (10 + run.step)))
         run.step += 1
         run.history.append(time.perf_counter() - started)
 
         # log, calibrate, validate, save
         last = run.step == options.steps
         if run.step % options.log_every == 0 or last:
-            values = {name: float(part.detach()) for name, part in parts.items()}
-            line = {"loss": float(loss.detach()), "parts": values, "gradient": float(norm)}
+            values = {name: part.item() for name, part in parts.items()}
+            line = {"loss": loss.item(), "parts": values, "gradient": norm.item()}
             record(run.step, line | {"rate": rate, "seconds": run.history[-1]})
         if run.step == run.calibration.window[1] and not run.calibration.done:
             record(run.step, {"weights": run.calibration.finish()})
         validated = run.step % options.validate_every == 0 or last
         if validated:
-            _note_best(run, validate(run.ema, data, held_out, settings), record)
+            psnr = validate(run.ema, data, held_out, settings)
+            record(run.step, {"validation_psnr": psnr})
+            if psnr > run.best_psnr:
+                run.best_psnr, run.best_step = psnr, run.step
         if validated or run.step % options.save_every == 0:
-            save_checkpoint(checkpoints, run.step, *run.state(info), best=run.best_step)
-
-    return _finish(run, settings, out, info, extra)
-
-
-def _loss(
-    sample: Sample,
-    weights: dict[str, float],
-    models: Frozen,
-    chosen: Draw,
-    step: int,
-    settings: Settings,
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """The weighted sum of the losses of one step, and its parts."""
-    return total(
-        sample,
-        weights,
-        settings.losses,
-        features=models.features,
-        logits=models.logits,
-        spc_rows=_spc_rows(step, settings),
-        view=chosen.view,
-    )
-
-
-def _note_best(run: Run, psnr: float, record: RunLog) -> None:
-    record(run.step, {"validation_psnr": psnr})
-    if psnr > run.best_psnr:
-        run.best_psnr, run.best_step = psnr, run.step
+            run.save()
 
 
 def learning_rate(step: int, settings: Settings) -> float:
@@ -206,74 +171,41 @@ def validate(
     return float(torch.stack(values).mean())
 
 
-def _finish(
-    run: Run, settings: Settings, out: Path, info: dict[str, Any], extra: dict[str, Tensor] | None
-) -> TrainResult:
+def _finish(run: Run, settings: Settings, kept: Kept) -> TrainResult:
     """Write the EMA weights of the best validation as the corrector of this run."""
-    best = load_checkpoint(checkpoint_path(out / "checkpoints", run.best_step))
-    run.restore(best.tensors, best.info)
-    figures = {"best_step": best.step, "best_psnr": run.best_psnr, "steps": settings.train.steps}
-    loss_weights = run.calibration.weights
-    about = {"loss_weights": loss_weights, "figures": figures}
-    save_corrector(out, run.ema, info | about, extra)
+    best = load_checkpoint(checkpoint_path(checkpoints_of(run.folder), run.best_step))
+    run.restore(best)
+    steps = settings.train.steps
+    figures = {"best_step": best.step, "best_psnr": run.best_psnr, "steps": steps}
+    about = {"loss_weights": run.calibration.weights, "figures": figures}
+    save_corrector(run.folder, run.ema, run.info | about, kept.tensors)
     return TrainResult(
-        folder=out,
-        steps=settings.train.steps,
+        folder=run.folder,
+        steps=steps,
         best_step=best.step,
         best_psnr=run.best_psnr,
         seconds_per_step=sum(run.history) / max(1, len(run.history)),
     )
 
 
-def _sample(batch: Batch, output: Tensor, paired: bool) -> Sample:
-    return Sample(
-        photo=batch.photo,
-        output=output,
-        target=batch.target,
-        confidence=batch.confidence,
-        labels=batch.labels,
-        well_exposed=batch.well_exposed,
-        paired=paired,
-    )
-
-
-def _spc_rows(step: int, settings: Settings) -> slice | None:
-    """The photos that FastSAM and CLIP see in this step, from either half in turn; or None.
-
-    The last of every spc_every steps has them, so that logged steps show these parts too.
-    """
-    turn, idle = divmod(step + 1, settings.train.spc_every)
-    if idle:
-        return None
-    half = settings.train.batch // 2
-    first = half * (turn % 2)
-    return slice(first, min(first + settings.train.spc_photos, settings.train.batch))
-
-
-def _require_finite(
-    value: Tensor,
-    what: str,
-    step: int,
-    chosen: Draw,
-    parts: dict[str, Tensor],
-    data: TrainingData,
-    settings: Settings,
-    out: Path,
-) -> None:
-    if math.isfinite(float(value.detach())):
-        return
-    path = out / f"nonfinite_step_{step:07d}.json"
+def _not_finite(
+    run: Run, settings: Settings, chosen: Draw, photos: list[str], figures: dict[str, Tensor]
+) -> NonFinite:
+    """Write down what the step saw; the error that says where."""
+    values = {name: x.item() for name, x in figures.items()}
+    what = next(name for name in ("loss", "gradient") if not math.isfinite(values[name]))
+    path = run.folder / f"nonfinite_step_{run.step:07d}.json"
     report = {
-        "step": step,
+        "step": run.step,
         "what": what,
-        "photos": [data.names[i] for i in chosen.photos],
+        "photos": photos,
         "draw": chosen._asdict(),
-        "parts": {name: repr(float(part.detach())) for name, part in parts.items()},
+        "parts": {name: repr(value) for name, value in values.items()},
         "settings": choices_of(settings),
     }
     write_json(path, report)
-    raise NonFinite(
-        f"the {what} of step {step} is {float(value.detach())}: stopped before the update, "
+    return NonFinite(
+        f"the {what} of step {run.step} is {values[what]}: stopped before the update, "
         f"the photos and choices of the step are in {path}; check them, or lower "
         "train.learning_rate and run again, which resumes from the last checkpoint"
     )
