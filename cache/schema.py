@@ -112,9 +112,11 @@ class PhotoRecord:
     sha256: str = ""  # of the input file's bytes
     status: str = OK
     reason: str = ""  # for status "failed"
+    part: str = ""  # that could not be made of it, for status "failed"
 
     def __post_init__(self) -> None:
         assert self.status in STATUSES, self.status
+        assert self.part in ("", *PARTS), self.part
         assert (self.name is None) == (self.status == EMPTY), self
 
 

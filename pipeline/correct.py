@@ -11,6 +11,7 @@ import numpy as np
 
 from evenlight.cache.errors import EvenlightError, PhotoError, UsageError
 from evenlight.pipeline.console import Progress, silent
+from evenlight.pipeline.failures import one_photo
 from evenlight.pipeline.load import LoadedCorrector, load_predictor
 from evenlight.stages.photos.decode import Photo, decode
 from evenlight.stages.photos.encode import encode
@@ -83,13 +84,11 @@ def _correct_one(
 ) -> None:
     limit = corrector.settings.photo.max_megapixels
     try:
-        photo = decode(source.read_bytes(), source.name, max_megapixels=limit)
-        corrected = _corrected(photo, corrector, strength)
+        with one_photo():
+            photo = decode(source.read_bytes(), source.name, max_megapixels=limit)
+            corrected = _corrected(photo, corrector, strength)
     except PhotoError as error:
         report.failed.append((source.name, str(error)))
-        return
-    except MemoryError:
-        report.failed.append((source.name, "needs more memory than there is"))
         return
     try:
         _make_subfolders(target.parent, out)

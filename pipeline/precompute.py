@@ -15,21 +15,16 @@ from pathlib import Path
 
 from evenlight.cache.errors import PhotoError, StoreError, UsageError
 from evenlight.cache.files import sha256_bytes, sync_folder
-from evenlight.cache.schema import EMPTY_SLOT, FAILED, PARTS, Index, PhotoRecord
+from evenlight.cache.schema import EMPTY_SLOT, FAILED, Index, PhotoRecord
 from evenlight.cache.shards import OURS
 from evenlight.cache.store import Store
 from evenlight.pipeline import config, schedule
 from evenlight.pipeline.console import Progress, silent
 from evenlight.pipeline.models import Models, load_models
+from evenlight.pipeline.parts import PARTS, Tools, sizes
 from evenlight.pipeline.plan import UnitPlan, judge, made_by, part_fingerprint, plan_unit
 from evenlight.pipeline.prompts import store_scorer
-from evenlight.pipeline.units import (
-    Tools,
-    UnitTask,
-    make_unit,
-    make_unit_here,
-    make_unit_in_worker,
-)
+from evenlight.pipeline.units import UnitTask, make_unit, make_unit_here, make_unit_in_worker
 from evenlight.stages.photos.find import PhotoSource, list_photos
 from evenlight.stages.settings import Settings
 
@@ -77,7 +72,8 @@ def precompute(
         injected, models = models, models or load_models(settings)
         _write_index(target, target.index.updated(sources), settings, photos)
         tools = Tools(settings, models, store_scorer(target.path, models.clip))
-        target.ensure_arrays([spec for part in PARTS for spec in tools.specs(part)])
+        sides = sizes(settings, models)
+        target.ensure_arrays([spec for part in PARTS for spec in part.specs(sides)])
         _forget_round(target)
         plans = _plans(target, digests, tools)
         todo = [plan for plan in plans if plan.todo]
@@ -166,33 +162,32 @@ def _forget_round(store: Store) -> None:
 
 
 def _regenerate_plan(store: Store, unit: int, tools: Tools) -> UnitPlan:
-    record = store.record(unit)
-    if record is None or "embeddings" not in record.parts:
+    record, (before, judged) = store.record(unit), (part.name for part in PARTS[-2:])
+    if record is None or before not in record.parts:
         raise StoreError(
-            f"unit {unit} of {store.path} has no embeddings: run 'evenlight precompute' to "
+            f"unit {unit} of {store.path} has no {before}: run 'evenlight precompute' to "
             "complete the store"
         )
-    before = record.parts["embeddings"].fingerprint
-    source = [before, judge(tools.scorer.fingerprint)]
-    wanted = part_fingerprint("pseudo_gt", source=source, settings=tools.settings)
-    todo = () if record.holds("pseudo_gt", wanted) else ("pseudo_gt",)
+    source = [record.parts[before].fingerprint, judge(tools.scorer.fingerprint)]
+    wanted = part_fingerprint(judged, source=source, settings=tools.settings)
+    todo = () if record.holds(judged, wanted) else (judged,)
     return UnitPlan(
         unit=unit,
         photos=record.photos,
-        fingerprints={"pseudo_gt": wanted},
+        fingerprints={judged: wanted},
         todo=todo,
         reason="prompts or pseudo-GT settings changed" if todo else "complete",
     )
 
 
 def _refuse_other_changes(store: Store, settings: Settings) -> None:
-    """Only precompute can follow a change of photos, regions or embeddings."""
+    """Only precompute can follow a change of parts that no judge makes."""
     if not store.index.num_units:
         raise StoreError(f"{store.path} holds no photos: run 'evenlight precompute' first")
     recorded = config.build(base=store.index.settings)
-    for part in ("photo", "regions", "embeddings"):
-        now = config.values_affecting(settings, part)
-        for key, value in config.values_affecting(recorded, part).items():
+    for part in PARTS[:-1]:
+        now = config.values_affecting(settings, part.name)
+        for key, value in config.values_affecting(recorded, part.name).items():
             if now[key] != value:
                 raise StoreError(
                     f"store {store.path} was made with {key} = {value!r}, settings ask for "

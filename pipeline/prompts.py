@@ -12,13 +12,10 @@ from evenlight.cache.files import read_json, write_json
 from evenlight.cache.shards import OURS
 from evenlight.cache.store import Store
 from evenlight.pipeline.models import ClipModel
+from evenlight.pipeline.parts import TUNING
 from evenlight.stages.priors.clip import load_clip
 from evenlight.stages.priors.prompts import Ladders, Scorer, tune, zero_shot
 from evenlight.stages.settings import Settings
-
-EMBEDDINGS = (
-    "clip_photo", "clip_ladder", "rule_strength", "mean_luma", "clipped",
-)  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,7 +94,7 @@ def _ladders(store: Store, settings: Settings) -> Ladders:
     slots = store.slots("embeddings")
     if not slots:
         raise StoreError(f"store {store.path} has no embeddings: run 'evenlight precompute'")
-    rows = {name: store.rows(name, slots) for name in EMBEDDINGS}
+    rows = {name: store.rows(name, slots) for name in TUNING}
     return Ladders(
         photo_embeddings=rows["clip_photo"],
         ladder_embeddings=rows["clip_ladder"],

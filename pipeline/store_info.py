@@ -9,6 +9,7 @@ from evenlight.cache.schema import Damage
 from evenlight.cache.store import Store
 from evenlight.pipeline.config import build
 from evenlight.pipeline.models import load_models
+from evenlight.pipeline.parts import PARTS, sizes
 from evenlight.pipeline.plan import made_by, recorded_plans
 from evenlight.pipeline.prompts import prompts_info
 
@@ -25,6 +26,10 @@ def cache_info(
         if not source.index.num_units:
             return info
         settings = build(config, overrides, base=source.index.settings)
+        letters = sizes(settings)
+        for part in PARTS:
+            arrays = {array.name: array.describe(letters) for array in part.arrays}
+            info["parts"][part.name] |= {"reads": list(part.reads), "arrays": arrays}
         info["prompts"] = prompts_info(source.path)
         try:
             makers = made_by(load_models(settings), info["prompts"]["fingerprint"])

@@ -14,6 +14,7 @@ from evenlight.cache.store import Store
 from evenlight.pipeline import config
 from evenlight.pipeline.console import Progress, silent
 from evenlight.pipeline.models import Models, choose_device, load_models, priors_of
+from evenlight.pipeline.parts import TRAINING, cut
 from evenlight.pipeline.plan import made_by, recorded_plans
 from evenlight.pipeline.prompts import store_scorer
 from evenlight.stages.corrector.batches import TrainingData
@@ -21,7 +22,6 @@ from evenlight.stages.corrector.inputs import at_working_size
 from evenlight.stages.corrector.losses import Frozen
 from evenlight.stages.corrector.training import Kept, TrainResult
 from evenlight.stages.corrector.training import train as run_training
-from evenlight.stages.photos.canvas import Extent
 from evenlight.stages.pixels import resize, to_float
 from evenlight.stages.settings import Settings
 
@@ -96,12 +96,11 @@ def load_data(store: Store, size: int, device: str, on_progress: Progress = sile
         raise UsageError(f"store {store.path} holds no usable photo")
     tensors = _empty(len(slots), size, store.rows("p3", slots[:1]).shape[1])
     unit_size = store.index.unit_size
-    arrays = ("photo", "extent", "proto", "p3", "regions", "pseudo_gt", "confidence", "strength")
     done = 0
     for unit in np.unique(slots // unit_size):
-        rows = store.read(int(unit), arrays)
+        rows = store.read(int(unit), ("extent", *TRAINING))
         for row in slots[slots // unit_size == unit] % unit_size:
-            _fill(tensors, done, {name: rows[name][row] for name in arrays}, size)
+            _fill(tensors, done, cut(rows, row, TRAINING), size)
             done += 1
         on_progress("photos loaded", done, len(slots))
     names = [str(store.index.names[slot]) for slot in slots]
@@ -124,20 +123,17 @@ def _empty(count: int, size: int, p3_channels: int) -> dict[str, Tensor]:
 
 
 def _fill(tensors: dict[str, Tensor], place: int, row: dict[str, np.ndarray], size: int) -> None:
-    """Bring one photo's cached arrays to the working size and put them in their place."""
-    height, width = (int(side) for side in row["extent"])
-    extent = Extent(height, width, row["photo"].shape[0])
-    full, quarter, eighth = (extent.slices(stride) for stride in (1, 4, 8))
+    """Bring one photo's cached arrays, cut to its extent, to the working size in their place."""
     photo, proto, p3 = at_working_size(
-        row["photo"][full],
-        torch.from_numpy(row["proto"][:, *quarter])[None].float(),
-        torch.from_numpy(row["p3"][:, *eighth])[None].float(),
+        row["photo"],
+        torch.from_numpy(row["proto"])[None].float(),
+        torch.from_numpy(row["p3"])[None].float(),
         size,
     )
     h, w = photo.shape[2:]
-    target = resize(to_float(row["pseudo_gt"][full]), h, w)
-    labels = torch.from_numpy(row["regions"][full])[None, None].float()
-    confidence = torch.from_numpy(row["confidence"][quarter])[None, None].float()
+    target = resize(to_float(row["pseudo_gt"]), h, w)
+    labels = torch.from_numpy(row["regions"])[None, None].float()
+    confidence = torch.from_numpy(row["confidence"])[None, None].float()
     tensors["photo"][place] = _on_canvas(photo * 255, size).round().byte()
     tensors["extent"][place] = torch.tensor([h, w])
     tensors["proto"][place] = _on_canvas(proto, size // 4).half()

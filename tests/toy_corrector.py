@@ -23,10 +23,10 @@ def toy_models(settings: Settings) -> Models:
     return Models(ToySegmenter(), ToyClip())
 
 
-def save_toy_corrector(folder: Path, *, segmenter: int = 0) -> Path:
+def save_toy_corrector(folder: Path, *, segmenter: int = 0, size: int = 64) -> Path:
     """The meter with a red tint, as weights of a tiny network.
 
-    segmenter: seed of the toy it claims to be trained with.
+    segmenter: seed of the toy it claims to be trained with.  size: of photos for its priors.
     """
     network = Corrector(SETTINGS.network, ToySegmenter.p3_channels)
     with torch.no_grad():
@@ -35,7 +35,7 @@ def save_toy_corrector(folder: Path, *, segmenter: int = 0) -> Path:
     scorer = zero_shot(ToyClip())
     models = Models(ToySegmenter(segmenter), ToyClip())
     info = {
-        "settings": config.to_dict(SETTINGS),
+        "settings": config.to_dict(config.build(overrides=[*SMALL, f"photo.size={size}"])),
         "priors": priors_of(models, scorer.fingerprint),
     }
     extra = {f"scorer.{name}": tensor for name, tensor in scorer.to_tensors().items()}
