@@ -37,7 +37,9 @@ from evenlight.pipeline import config
 from evenlight.pipeline.load import load_predictor
 from evenlight.pipeline.models import Models
 from evenlight.pipeline.train import train
-from evenlight.stages.corrector.evaluate import measure, metered, samples
+from evenlight.stages.evaluation.baselines import film_meter
+from evenlight.stages.evaluation.metrics import measure
+from evenlight.stages.evaluation.sets import list_cases
 from evenlight.stages.photos.decode import decode
 
 BASELINE = "full"
@@ -101,7 +103,7 @@ def main() -> None:
     work: Path = arguments.work
     link_scenes(arguments.photos, work / "photos", arguments.limit_scenes)
     cases = list(read_cases(arguments))
-    measure_once(work / METER, lambda: lambda photo: metered(photo, photo), cases)
+    measure_once(work / METER, lambda: film_meter, cases)
     for number, seed in enumerate(arguments.seeds, start=1):
         for name in names:
             train_once(name, seed, arguments.steps, work)
@@ -120,7 +122,7 @@ def read_cases(arguments: argparse.Namespace) -> Iterable[Case]:
 
 
 def read_triplets(root: Path) -> Iterable[Case]:
-    for one in samples("triplets", root):
+    for one in list_cases("triplets", root):
         photo, reference = (
             decode(path.read_bytes(), path.name).pixels for path in (one.photo, one.reference)
         )

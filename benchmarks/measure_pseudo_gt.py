@@ -21,8 +21,9 @@ from numpy.typing import NDArray
 
 from evenlight.pipeline.models import Models, load_models
 from evenlight.pipeline.prompts import store_scorer
-from evenlight.stages.corrector.evaluate import best_gamma, metered, samples
 from evenlight.stages.corrector.inputs import rule_corrected
+from evenlight.stages.evaluation.baselines import best_gamma, film_meter
+from evenlight.stages.evaluation.sets import list_cases
 from evenlight.stages.photos.canvas import working
 from evenlight.stages.photos.decode import decode
 from evenlight.stages.pixels import resize, to_bytes, to_float
@@ -84,7 +85,7 @@ def all_methods(scorers: dict[str, Scorer]) -> dict[str, Method]:
         "best gamma, answer in hand": lambda one: best_gamma(one.photo, one.reference),
     }
     methods |= {f"rule, `{family}`": rule(family) for family in FAMILIES}
-    methods["meter, `film`"] = lambda one: metered(one.photo, one.reference)
+    methods["meter, `film`"] = lambda one: film_meter(one.photo)
     first = scorers[""]
     methods["`paper`: gamma by CLIP score"] = chosen(
         first, replace(PseudoGTSettings(), regional=False, search="grid"), "gamma"
@@ -135,7 +136,7 @@ def ceiling(family: str) -> Method:
 
 
 def read_triplets(models: Models, root: Path) -> Iterator[Case]:
-    for sample in samples("triplets", root):
+    for sample in list_cases("triplets", root):
         photo, reference = (
             decode(path.read_bytes(), path.name).pixels for path in (sample.photo, sample.reference)
         )

@@ -17,7 +17,9 @@ import torch
 from numpy.typing import NDArray
 
 from evenlight.pipeline.load import LoadedCorrector, load_predictor
-from evenlight.stages.corrector.evaluate import Sample, film_rule, measure, samples
+from evenlight.stages.evaluation.baselines import film_rule
+from evenlight.stages.evaluation.metrics import measure
+from evenlight.stages.evaluation.sets import Case, list_cases
 from evenlight.stages.photos.decode import decode
 
 Picture = NDArray[np.uint8]
@@ -52,22 +54,22 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     loaded = load_predictor(arguments.model)
-    entries = [entry(loaded, sample) for sample in samples("triplets", arguments.triplets)]
+    entries = [entry(loaded, case) for case in list_cases("triplets", arguments.triplets)]
     sheet = draw(select(entries, arguments.photos))
     arguments.out.write_bytes(cv2.imencode(".png", sheet[..., ::-1])[1].tobytes())
     lost = sum(one.gain < 0 for one in entries)
     print(f"{arguments.out}; the model is below the rule on {lost} of {len(entries)} photos")
 
 
-def entry(loaded: LoadedCorrector, sample: Sample) -> Entry:
+def entry(loaded: LoadedCorrector, case: Case) -> Entry:
     """Both outputs of one photo, measured at native size."""
-    assert sample.reference is not None  # triplets have one
+    assert case.reference is not None  # triplets have one
     photo, reference = (
-        decode(path.read_bytes(), path.name).pixels for path in (sample.photo, sample.reference)
+        decode(path.read_bytes(), path.name).pixels for path in (case.photo, case.reference)
     )
-    ruled, output = film_rule(photo, None), loaded.correct(photo)
+    ruled, output = film_rule(photo), loaded.correct(photo)
     return Entry(
-        title=f"{sample.name} {sample.side}",
+        title=f"{case.name} {case.side}",
         cells=[shrunk(picture) for picture in (photo, ruled, output, reference)],
         rule_psnr=measure(photo, ruled, reference).psnr,
         psnr=measure(photo, output, reference).psnr,

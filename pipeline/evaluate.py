@@ -1,10 +1,11 @@
 """Evaluate models and baselines on sets of photos: one table, protocol printed."""
 
 import csv
+import functools
 import io
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from statistics import fmean
@@ -18,17 +19,9 @@ from evenlight.cache.files import sha256_bytes
 from evenlight.cache.schema import fingerprint
 from evenlight.pipeline.console import Progress, silent
 from evenlight.pipeline.load import LoadedCorrector, load_predictor
-from evenlight.stages.corrector.evaluate import (
-    BASELINES,
-    ORACLES,
-    PROTOCOL,
-    Figures,
-    Method,
-    Sample,
-    agreement,
-    measure,
-    samples,
-)
+from evenlight.stages.evaluation.baselines import BASELINES, ORACLES, Oracle
+from evenlight.stages.evaluation.metrics import PROTOCOL, Figures, agreement, measure
+from evenlight.stages.evaluation.sets import Case, list_cases
 from evenlight.stages.photos.decode import decode
 from evenlight.stages.priors.pseudo_gt import re_expose
 
@@ -110,26 +103,66 @@ def evaluate(
     """Measure every model, its pseudo-GT, and the baselines on every set.
 
     models: folders of training runs.  data: "LAYOUT:PATH", layouts as in
-    `stages.corrector.evaluate.LAYOUTS`.  config, overrides: a TOML file and key=value settings
+    `stages.evaluation.sets.LAYOUTS`.  config, overrides: a TOML file and key=value settings
     (`load.OPEN_SETTINGS`).  Raises UsageError where a set or a photo of it cannot be used:
     a mean over fewer photos would be another figure.
     """
-    photos = {name: samples(*_split(name)) for name in data}
-    methods = dict(BASELINES)
+    listed = {name: list_cases(*_split(name)) for name in data}
+    methods = {name: _blind(baseline) for name, baseline in BASELINES.items()}
+    methods |= {name: _told(oracle) for name, oracle in ORACLES.items()}
     for path in models:
         if str(path) in methods:
             raise UsageError(f"model {path} is named twice")
         corrector = load_predictor(path, config, overrides)
-        methods[f"pseudo-GT of {path}"] = _pseudo_gt_method(corrector)
-        methods[str(path)] = _corrector_method(corrector)
+        methods[f"pseudo-GT of {path}"] = _blind(functools.partial(_pseudo_gt, corrector))
+        methods[str(path)] = _blind(corrector.correct)
     rows: list[Row] = []
     sets: dict[str, str] = {}
-    for name, listed in photos.items():
-        answered = all(sample.reference is not None for sample in listed)
+    for name, found in listed.items():
+        answered = all(case.reference is not None for case in found)
         runnable = {key: m for key, m in methods.items() if answered or key not in ORACLES}
-        measured, sets[name] = _measure_all(listed, runnable, on_progress)
+        measured, sets[name] = _measure_all(found, runnable, on_progress)
         rows += [row for method in runnable for row in _means(name, method, measured[method])]
     return Evaluation(protocol=PROTOCOL, sets=sets, rows=rows)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Opened:
+    """A case, its files read.  Pictures: uint8 H,W,3.  mask: bool H,W, None where all counts."""
+
+    photo: np.ndarray
+    reference: np.ndarray | None
+    mask: np.ndarray | None
+    digests: list[str]  # sha256 of its files
+
+    @property
+    def side(self) -> str:
+        assert self.reference is not None  # a layout without references names the side itself
+        where = slice(None) if self.mask is None else self.mask
+        return "under" if self.photo[where].mean() < self.reference[where].mean() else "over"
+
+
+_Method = Callable[[_Opened], np.ndarray]
+
+
+def _blind(method: Callable[[np.ndarray], np.ndarray]) -> _Method:
+    """A method that sees the photo alone."""
+    return lambda opened: method(opened.photo)
+
+
+def _told(oracle: Oracle) -> _Method:
+    """A method that sees the answer."""
+
+    def method(opened: _Opened) -> np.ndarray:
+        assert opened.reference is not None
+        return oracle(opened.photo, opened.reference, opened.mask)
+
+    return method
+
+
+def _pseudo_gt(corrector: LoadedCorrector, photo: np.ndarray) -> np.ndarray:
+    t_map = torch.from_numpy(corrector.pseudo_gt(photo)["t_map"])
+    return re_expose(photo, t_map, corrector.settings.ladder.family)
 
 
 @dataclass
@@ -141,47 +174,55 @@ class _Measured:
 
 
 def _measure_all(
-    photos: Sequence[Sample], methods: dict[str, Method], on_progress: Progress
+    found: Sequence[Case], methods: dict[str, _Method], on_progress: Progress
 ) -> tuple[dict[str, _Measured], str]:
     """(method -> what it reached, digest of the set); every photo is read once."""
     measured = {method: _Measured() for method in methods}
     digests: list[list[Any]] = []
-    done = 0
-    for _, scene in itertools.groupby(photos, key=lambda sample: sample.name):
+    for _, scene in itertools.groupby(found, key=lambda case: case.name):
         outputs: dict[str, list[np.ndarray]] = {method: [] for method in methods}
-        for sample in scene:
-            photo, reference, files = _prepared(sample)
-            digests.append([sample.name, sample.side, sample.ev, *files])
-            side = sample.side or _side(photo, reference)
+        for case in scene:
+            opened = _open(case)
+            digests.append([case.name, case.side, case.ev, *opened.digests])
+            side = case.side or opened.side
             for name, method in methods.items():
-                output = method(photo, reference)
-                measured[name].figures.append((side, measure(photo, output, reference)))
+                output = method(opened)
+                figures = measure(opened.photo, output, opened.reference, opened.mask)
+                measured[name].figures.append((side, figures))
                 outputs[name].append(output)
-            done += 1
-            on_progress("photos", done, len(photos))
-        for name, found in outputs.items():
-            if len({x.shape for x in found}) == 1 < len(found):
-                measured[name].agreements.append(agreement(found))
+            on_progress("photos", len(digests), len(found))
+        for name, of_scene in outputs.items():
+            if len({x.shape for x in of_scene}) == 1 < len(of_scene):
+                measured[name].agreements.append(agreement(of_scene, opened.mask))
     return measured, fingerprint(photos=digests)
 
 
-def _side(photo: np.ndarray, reference: np.ndarray | None) -> str:
-    assert reference is not None  # a layout without references names the side itself
-    return "under" if photo.mean() < reference.mean() else "over"
+def _open(case: Case) -> _Opened:
+    """Read the files of a case.  Raises UsageError where they do not fit each other."""
+    photo, digest = _read(case.photo)
+    reference = mask = None
+    digests = [digest]
+    if case.reference is not None:
+        reference, digest = _read(case.reference)
+        _refuse_other_size(case.photo, photo, "reference", reference)
+        digests.append(digest)
+    if case.mask is not None:
+        shown, digest = _read(case.mask)
+        _refuse_other_size(case.photo, photo, "mask", shown)
+        mask = shown.max(axis=2) > 0
+        if not mask.any():
+            raise UsageError(f"{case.mask} is all black: nothing of {case.photo} would be scored")
+        digests.append(digest)
+    photo, reference = case.prepare(photo, reference)
+    return _Opened(photo=photo, reference=reference, mask=mask, digests=digests)
 
 
-def _prepared(sample: Sample) -> tuple[np.ndarray, np.ndarray | None, list[str]]:
-    """Photo, reference, digests of their files."""
-    photo, photo_digest = _read(sample.photo)
-    if sample.reference is None:
-        return *sample.prepare(photo, None), [photo_digest]
-    reference, reference_digest = _read(sample.reference)
-    if photo.shape != reference.shape:
+def _refuse_other_size(path: Path, photo: np.ndarray, what: str, other: np.ndarray) -> None:
+    if photo.shape != other.shape:
         raise UsageError(
-            f"{sample.photo} is {photo.shape[1]}x{photo.shape[0]} and its reference "
-            f"{reference.shape[1]}x{reference.shape[0]}: sizes must agree"
+            f"{path} is {photo.shape[1]}x{photo.shape[0]} and its {what} "
+            f"{other.shape[1]}x{other.shape[0]}: sizes must agree"
         )
-    return *sample.prepare(photo, reference), [photo_digest, reference_digest]
 
 
 def _means(data: str, method: str, measured: _Measured) -> list[Row]:
@@ -210,21 +251,6 @@ def _mean(values: Sequence[float]) -> float | None:
 def _cells(texts: Sequence[str]) -> str:
     widths = (max(8, len(heading) + 2) for heading, _ in COLUMNS.values())
     return "".join(f"{text:>{width}}" for text, width in zip(texts, widths, strict=True))
-
-
-def _corrector_method(corrector: LoadedCorrector) -> Method:
-    def method(photo: np.ndarray, reference: np.ndarray | None) -> np.ndarray:
-        return corrector.correct(photo)
-
-    return method
-
-
-def _pseudo_gt_method(corrector: LoadedCorrector) -> Method:
-    def method(photo: np.ndarray, reference: np.ndarray | None) -> np.ndarray:
-        t_map = torch.from_numpy(corrector.pseudo_gt(photo)["t_map"])
-        return re_expose(photo, t_map, corrector.settings.ladder.family)
-
-    return method
 
 
 def _split(text: str) -> tuple[str, Path]:

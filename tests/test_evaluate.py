@@ -15,15 +15,15 @@ from toy_corrector import run_cli, save_toy_corrector, toy_models
 
 from evenlight.cache.errors import StoreError, UsageError
 from evenlight.pipeline.evaluate import evaluate
-from evenlight.stages.corrector import evaluate as stage
-from evenlight.stages.corrector.evaluate import (
+from evenlight.stages.evaluation import metrics
+from evenlight.stages.evaluation.baselines import (
     BASELINES,
     GAMMA_SEARCH,
+    ORACLES,
     best_gamma,
-    exposure_fusion,
     film_rule,
-    samples,
 )
+from evenlight.stages.evaluation.sets import exposure_fusion, list_cases
 from evenlight.stages.pixels import luma, to_bytes, to_float
 from evenlight.stages.priors import tone
 
@@ -44,6 +44,10 @@ LAYOUTS = {
     } | {"testing/expert_c_testing_set/a1-x.jpg": None},
     "sice": {"low/7.png": "under", "over/7.png": "over", "mid/7.png": None},
     "lcdp": {"input/a.png": "", "gt/a.png": None},
+    "scenes": {
+        "input/a__1.png": "", "input/a__two.jpg": "", "input/b_c__x__y.png": "",
+        "target/a.jpg": None, "target/b_c__x.png": None,
+    },
 }  # fmt: skip
 
 
@@ -69,8 +73,8 @@ def scene(strength: float, seed: int = 0, size: tuple[int, int] = (48, 64)) -> n
     return to_bytes(tone.apply("film", rgb, strength)).numpy()
 
 
-def measured(output: np.ndarray, reference: np.ndarray) -> stage.Figures:
-    return stage.measure(output, output, reference)
+def measured(output: np.ndarray, reference: np.ndarray) -> metrics.Figures:
+    return metrics.measure(output, output, reference)
 
 
 def write_triplets(root: Path, count: int = 2) -> Path:
@@ -112,7 +116,7 @@ def test_the_digest_of_an_unpaired_set_follows_its_photos(tmp_path):
 def test_a_set_without_photos_is_refused(layout, tmp_path):
     (tmp_path / "readme.txt").write_text("not a photo")
     with pytest.raises(UsageError, match=f"holds no photo: the layout '{layout}' is"):
-        samples(layout, tmp_path)
+        list_cases(layout, tmp_path)
 
 
 def test_well_exposed_photos_are_their_own_reference(tmp_path):
@@ -146,6 +150,63 @@ def test_the_fusion_of_a_pair_is_the_reference_of_both(tmp_path):
     assert row.psnr == pytest.approx(measured(pair[0], fused).psnr)
 
 
+def write_scenes(root: Path) -> Path:
+    """Two photos of a scene whose target is right in the left half alone, one of another."""
+    target = scene(0.0)
+    target[:, 32:] = 0
+    write(root / "target/a.png", target)
+    write(root / "target/b.png", scene(0.0, seed=1))
+    for name, strength, seed in (("a__dark", -0.3, 0), ("a__right", 0.0, 0), ("b__1", 0.5, 1)):
+        write(root / f"input/{name}.png", scene(strength, seed))
+    return root
+
+
+def test_scenes_are_scored_where_their_mask_is_not_black(tmp_path):
+    def identity(method: str = "identity", side: str = "over"):
+        rows = evaluate([], [f"scenes:{root}"]).rows
+        return next(row for row in rows if (row.method, row.side) == (method, side))
+
+    root = write_scenes(tmp_path)
+    without = identity()
+    mask = np.zeros((48, 64, 3), np.uint8)
+    mask[:, :32, 2] = 1  # anything but black counts
+    write(root / "mask/a.png", mask)
+    masked = identity()
+    assert without.photos == 3  # against a half black target both photos of a are too bright
+    assert masked.photos == 2 and masked.psnr > without.psnr + 10
+    everywhere = identity(side="all")
+    assert everywhere.photos == 3
+    left = [scene(strength)[:, :32] for strength in (-0.3, 0.0)]
+    assert everywhere.agreement == pytest.approx(metrics.agreement(left))
+    assert masked.change == 0
+    oracle = identity("best gamma (answer in hand)", "under")
+    alone = best_gamma(left[0], left[1])
+    assert oracle.psnr == pytest.approx(measured(alone, left[1]).psnr)
+
+
+def test_the_digest_of_scenes_follows_their_masks(tmp_path):
+    digests = []
+    for value in (255, 254):
+        write(write_scenes(tmp_path) / "mask/a.png", np.full((48, 64), value, np.uint8))
+        digests += evaluate([], [f"scenes:{tmp_path}"]).sets.values()
+    assert len(set(digests)) == 2
+
+
+@pytest.mark.parametrize(
+    ("name", "mask", "words"),
+    [
+        ("a.png", np.zeros((48, 64), np.uint8), "a.png is all black: nothing of .*would be scored"),
+        ("a.png", np.ones((48, 63), np.uint8), "is 64x48 and its mask 63x48: sizes must agree"),
+        ("c.png", np.ones((48, 64), np.uint8), "c.png is of no scene in .*the layout 'scenes' is"),
+        ("a.jpg", np.ones((48, 64), np.uint8), "a.jpg is no PNG"),
+    ],
+)
+def test_a_mask_that_cannot_be_used_is_refused(name, mask, words, tmp_path):
+    write(write_scenes(tmp_path) / "mask" / name, mask)
+    with pytest.raises(UsageError, match=words):
+        evaluate([], [f"scenes:{tmp_path}"])
+
+
 def test_best_gamma_is_the_best_of_all_it_searches():
     photo, reference = scene(-0.9), scene(0.0)
     best = measured(best_gamma(photo, reference), reference).psnr
@@ -158,7 +219,7 @@ def test_best_gamma_is_the_best_of_all_it_searches():
 
 def test_the_film_rule_brings_mean_luma_to_119():
     for strength in (-1.5, 0.0, 1.0):
-        ruled = film_rule(scene(strength), scene(0.0))
+        ruled = film_rule(scene(strength))
         assert float(luma(to_float(ruled)).mean()) * 255 == pytest.approx(119, abs=2)
 
 
@@ -167,7 +228,7 @@ def test_every_layout_is_found_with_its_sides(layout, tmp_path):
     for number, name in enumerate(LAYOUTS[layout]):
         write(tmp_path / name, picture(32, 40, 3, seed=number))
     (tmp_path / "readme.txt").write_text("not a photo")
-    found = samples(layout, tmp_path)
+    found = list_cases(layout, tmp_path)
     expected = {name: side for name, side in LAYOUTS[layout].items() if side is not None}
     assert {str(s.photo.relative_to(tmp_path)): s.side for s in found} == expected
     assert all(LAYOUTS[layout][str(s.reference.relative_to(tmp_path))] is None for s in found)
@@ -190,7 +251,7 @@ def test_sides_that_a_layout_does_not_say_are_measured(tmp_path):
 def test_a_folder_in_another_layout_is_refused_in_words(layout, tmp_path):
     write(tmp_path / "somewhere/a.png", picture(32, 40, 3))
     with pytest.raises(UsageError, match=f"the layout '{layout}' is .*NAME|SCENE"):
-        samples(layout, tmp_path)
+        list_cases(layout, tmp_path)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -200,7 +261,7 @@ def test_a_photo_without_its_reference_is_refused_and_not_left_out(layout, tmp_p
         write(tmp_path / name, picture(32, 40, 3))
     (tmp_path / next(n for n in names if LAYOUTS[layout][n] is None)).unlink()
     with pytest.raises(UsageError, match=r"has no reference|needs ref"):
-        samples(layout, tmp_path)
+        list_cases(layout, tmp_path)
 
 
 def test_bad_arguments_are_refused_in_words(tmp_path):
@@ -244,7 +305,7 @@ def test_every_model_and_baseline_is_in_the_table_of_every_set(table):
     assert len(table.sets) == 2
     for name in table.sets:
         methods = [row.method for row in table.rows if row.data == name and row.side == "all"]
-        assert methods[:4] == list(BASELINES) == [
+        assert methods[:4] == [*BASELINES, *ORACLES] == [
             "identity", "film rule", "film meter", "best gamma (answer in hand)",
         ]  # fmt: skip
         assert len(methods) == 8 and methods[4] == f"pseudo-GT of {methods[5]}"
@@ -253,8 +314,8 @@ def test_every_model_and_baseline_is_in_the_table_of_every_set(table):
 
 def test_without_a_model_the_baselines_are_there(tmp_path):
     rows = evaluate([], [f"triplets:{write_triplets(tmp_path)}"]).rows
-    assert {row.method for row in rows} == set(BASELINES)
-    assert len(rows) == 3 * len(BASELINES)
+    assert {row.method for row in rows} == {*BASELINES, *ORACLES}
+    assert len(rows) == 3 * len({*BASELINES, *ORACLES})
 
 
 def test_all_is_the_mean_over_photos_and_oracles_beat_identity(table):
@@ -306,11 +367,11 @@ def test_the_digest_of_a_set_follows_its_photos_and_not_its_place(tmp_path):
 
 def test_photos_are_measured_at_their_own_size_and_depth(model, tmp_path, monkeypatch):
     sizes = []
-    real = stage.measure
+    real = metrics.measure
     monkeypatch.setattr(
         "evenlight.pipeline.evaluate.measure",
-        lambda photo, output, reference: (
-            sizes.append((output.shape, output.dtype)) or real(photo, output, reference)
+        lambda photo, output, *rest: (
+            sizes.append((output.shape, output.dtype)) or real(photo, output, *rest)
         ),
     )
     write(tmp_path / "reference/a.png", scene(0.0, size=(203, 157)))

@@ -5,11 +5,11 @@ import pytest
 from photo_makers import picture
 from skimage.metrics import structural_similarity
 
-from evenlight.stages.corrector import evaluate as stage
+from evenlight.stages.evaluation import metrics
 
 
-def measured(output: np.ndarray, reference: np.ndarray) -> stage.Figures:
-    return stage.measure(output, output, reference)
+def measured(output: np.ndarray, reference: np.ndarray) -> metrics.Figures:
+    return metrics.measure(output, output, reference)
 
 
 @pytest.mark.parametrize("error", [1, 5, 40])
@@ -42,7 +42,7 @@ def test_ssim_is_that_of_the_paper_as_scikit_image_computes_it():
 
 @pytest.mark.parametrize("rows", [1, 7, 1000])
 def test_colour_difference_of_known_colours_in_strips_of_any_size(rows, monkeypatch):
-    monkeypatch.setattr(stage, "COLOUR_PIXELS", rows * 32)
+    monkeypatch.setattr(metrics, "COLOUR_PIXELS", rows * 32)
     black, white = np.zeros((20, 32, 3), np.uint8), np.full((20, 32, 3), 255, np.uint8)
     assert measured(white, black).colour == pytest.approx(100, abs=0.01)  # L* from 0 to 100
     half = black.copy()
@@ -61,12 +61,12 @@ def test_psnr_after_gain_forgives_a_gain_and_nothing_else():
 
 def test_change_is_from_the_photo_and_tint_only_where_it_is_blown():
     photo = np.full((20, 32, 3), 100, np.uint8)
-    assert np.isnan(stage.measure(photo, photo, photo).tint)
+    assert np.isnan(metrics.measure(photo, photo, photo).tint)
     photo[:10] = 255
     output = photo.copy()
     output[:10, :, 2] = 225
     output[10:, :, 0] = 20
-    figures = stage.measure(photo, output, photo)
+    figures = metrics.measure(photo, output, photo)
     assert figures.tint == pytest.approx(30)
     assert figures.change == pytest.approx((30 + 80) / 2 / 3)
 
@@ -75,7 +75,55 @@ def test_luma_is_of_the_output_alone():
     output = np.full((20, 20, 3), 100, np.uint8)
     output[0] = (253, 255, 255)
     output[1] = (2, 0, 0)
-    figures = stage.measure(np.full_like(output, 7), output, None)
+    figures = metrics.measure(np.full_like(output, 7), output, None)
     rows = (0.299 * 253 + 0.701 * 255) + 0.299 * 2 + 18 * 100
     assert figures.luma == pytest.approx(rows / 20, abs=1e-3)
-    assert stage.measure(np.full_like(output, 7), output, output).luma == figures.luma
+    assert metrics.measure(np.full_like(output, 7), output, output).luma == figures.luma
+
+
+def test_with_a_mask_every_figure_is_of_its_pixels_alone():
+    photo, reference = picture(40, 50, 3), picture(40, 50, 3, seed=1)
+    output = (photo * 0.5 + 40).astype(np.uint8)
+    photo[:4] = 255  # blown
+    mask = np.zeros((40, 50), bool)
+    mask[:, :20] = True
+    found = metrics.measure(photo, output, reference, mask)
+    cut = metrics.measure(*(x[:, :20] for x in (photo, output, reference)))
+    for name in ("psnr", "colour", "gain_psnr", "change", "tint", "luma"):
+        assert getattr(found, name) == pytest.approx(getattr(cut, name), rel=1e-5), name
+    spoilt = output.copy()
+    spoilt[:, 20:] = 0
+    for name in ("psnr", "colour", "gain_psnr", "change", "tint", "luma"):
+        after = metrics.measure(photo, spoilt, reference, mask)
+        assert getattr(after, name) == getattr(found, name), name
+        whole = (metrics.measure(photo, x, reference) for x in (output, spoilt))
+        assert name == "tint" or len({getattr(figures, name) for figures in whole}) == 2, name
+    one, other = (
+        metrics.agreement([output, reference], mask),
+        metrics.agreement([output, reference]),
+    )
+    assert one == pytest.approx(metrics.agreement([output[:, :20], reference[:, :20]])) != other
+
+
+def test_ssim_with_a_mask_is_the_mean_of_its_map_over_the_mask():
+    photo = picture(64, 80, 3)
+    other = (photo * 0.6 + 20).astype(np.uint8)
+    border = [(5, 5), (5, 5), (0, 0)]
+    _, full = structural_similarity(
+        *(np.pad(x, border, mode="reflect") for x in (photo, other)),
+        channel_axis=2, gaussian_weights=True, sigma=1.5, data_range=255,
+        use_sample_covariance=False, full=True,
+    )  # fmt: skip
+    mask = np.arange(64)[:, None] * 2 < np.arange(80)
+    found = metrics.measure(photo, other, photo, mask).ssim
+    assert found == pytest.approx(full[5:-5, 5:-5][mask].mean(), abs=1e-4)
+    assert found != pytest.approx(measured(other, photo).ssim, abs=1e-4)
+
+
+def test_a_mask_of_all_pixels_changes_no_figure():
+    photo, output, reference = (picture(40, 50, 3, seed=seed) for seed in range(3))
+    all_pixels = np.ones((40, 50), bool)
+    with_mask = metrics.measure(photo, output, reference, all_pixels)
+    without = metrics.measure(photo, output, reference)
+    for name, value in vars(without).items():
+        assert getattr(with_mask, name) == pytest.approx(value, rel=1e-5, nan_ok=True), name

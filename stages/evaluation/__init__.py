@@ -1,0 +1,1 @@
+"""How good corrected photos are: metrics, the sets they are measured on, honest baselines."""

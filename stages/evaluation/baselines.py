@@ -1,0 +1,65 @@
+"""Honest baselines: what a photo becomes without any learning, or with the answer in hand."""
+
+import functools
+from collections.abc import Callable
+
+import numpy as np
+import torch
+
+from evenlight.stages.pixels import resize, to_bytes, to_float
+from evenlight.stages.priors import meter, tone
+
+GAMMA_SEARCH = np.linspace(-2.5, 2.5, 101)
+
+Baseline = Callable[[np.ndarray], np.ndarray]
+"""photo -> output, uint8 H,W,3."""
+
+Oracle = Callable[[np.ndarray, np.ndarray, np.ndarray | None], np.ndarray]
+"""(photo, reference, mask of what is scored or None) -> output, uint8 H,W,3."""
+
+
+def untouched(photo: np.ndarray) -> np.ndarray:
+    return photo
+
+
+def film_rule(photo: np.ndarray) -> np.ndarray:
+    """Mean luma to 119/255 by the film curve: no training, no reference."""
+    rgb = to_float(photo)
+    strength = tone.rule_strength(resize(rgb, 128, 128), "film")
+    return to_bytes(tone.apply("film", rgb, strength.view(1, 1, 1, 1))).numpy()
+
+
+def film_meter(photo: np.ndarray) -> np.ndarray:
+    """Mean luma to what the meter asks for, by the film curve: no network, no reference."""
+    rgb = to_float(photo)
+    t = meter.read(rgb, "film").strength
+    return to_bytes(tone.apply("film", rgb, t.view(1, 1, 1, 1))).numpy()
+
+
+def best_gamma(
+    photo: np.ndarray, reference: np.ndarray, mask: np.ndarray | None = None
+) -> np.ndarray:
+    """The single gamma of least squared error to the reference: chosen with the answer in hand."""
+    curves = _gamma_curves()
+    levels, answers = (x.ravel() if mask is None else x[mask].ravel() for x in (photo, reference))
+    # sum (curve[p] - r)^2 over pixels, less the part no curve changes, from sums per level of p
+    counts = np.bincount(levels, minlength=256)
+    sums = np.bincount(levels, weights=answers, minlength=256)
+    errors = (curves**2) @ counts - 2 * curves @ sums
+    return curves[int(np.argmin(errors))].astype(np.uint8)[photo]
+
+
+BASELINES: dict[str, Baseline] = {
+    "identity": untouched,
+    "film rule": film_rule,
+    "film meter": film_meter,
+}
+ORACLES: dict[str, Oracle] = {"best gamma (answer in hand)": best_gamma}
+
+
+@functools.cache
+def _gamma_curves() -> np.ndarray:
+    """float64 of whole numbers: a row per strength of the search, a column per 8-bit level."""
+    levels = (torch.arange(256) / 255).expand(1, 3, 1, 256)
+    curves = [to_bytes(tone.apply("gamma", levels, float(t))).numpy() for t in GAMMA_SEARCH]
+    return np.stack([curve[0, :, 0] for curve in curves]).astype(np.float64)
