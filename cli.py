@@ -10,7 +10,14 @@ import typer
 
 from evenlight import __version__
 from evenlight.cache.errors import EnvironmentLacks, EvenlightError, StoreError, UsageError
-from evenlight.pipeline.console import emit, print_failures, print_tree, progress, stderr
+from evenlight.pipeline.console import (
+    emit,
+    print_failures,
+    print_passed_over,
+    print_tree,
+    progress,
+    stderr,
+)
 
 SOME_FAILED, USAGE, STORE, ENVIRONMENT = 1, 2, 3, 4
 EXIT_CODES: tuple[tuple[type[EvenlightError], int], ...] = (
@@ -189,6 +196,7 @@ def correct(
     stderr.print(f"corrected {len(report.corrected)} photos{there if report.skipped else ''}")
     for name, note in report.notes:
         stderr.print(f"  note: {name}: {note}")
+    print_passed_over(report.passed_over)
     print_failures(report.failed)
     emit(report, as_json)
     if report.failed:
@@ -298,6 +306,7 @@ def _finish_run(report: Any, as_json: bool) -> None:
         f"made, {report.units_kept} already complete; {report.seconds:.1f} s, "
         f"{rate:.2f} photos/s"
     )
+    print_passed_over(report.passed_over)
     print_failures(report.failed)
     emit(report, as_json)
 

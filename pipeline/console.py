@@ -15,6 +15,7 @@ Progress = Callable[[str, int, int], None]
 
 # Names of photos are printed as they are: never read as markup or emoji codes.
 stderr = Console(stderr=True, highlight=False, markup=False, emoji=False, soft_wrap=True)
+NAMED = 5  # names on a line that speaks of many
 
 
 def silent(what: str, done: int, total: int) -> None:
@@ -67,6 +68,16 @@ def print_failures(failed: list[tuple[str, str]]) -> None:
         stderr.print(f"{len(failed)} failed:")
     for name, reason in failed:
         stderr.print(f"  {name}: {reason}")
+
+
+def print_passed_over(passed_over: list[tuple[str, str]]) -> None:
+    """One line per reason: how many pictures it met, and the names of the first few."""
+    names: dict[str, list[str]] = {}
+    for name, reason in passed_over:
+        names.setdefault(reason, []).append(name)
+    for reason, there in names.items():
+        more = f" and {len(there) - NAMED} more" if len(there) > NAMED else ""
+        stderr.print(f"passed over {len(there)}: {', '.join(there[:NAMED])}{more} ({reason})")
 
 
 def print_tree(values: dict[str, Any], indent: int = 0) -> None:

@@ -15,7 +15,7 @@ from evenlight.pipeline.failures import one_photo
 from evenlight.pipeline.load import LoadedCorrector, load_predictor
 from evenlight.stages.photos.decode import Photo, decode
 from evenlight.stages.photos.encode import encode
-from evenlight.stages.photos.find import PhotoSource, list_photos
+from evenlight.stages.photos.find import PhotoSource, also_there, find_photos
 
 # Errors of writing that are about one name; any other (disk full, read-only) meets every photo.
 ONE_NAME = (
@@ -30,6 +30,7 @@ class CorrectReport:
     corrected: list[str] = field(default_factory=list)
     skipped: list[str] = field(default_factory=list)  # already there from an earlier run
     failed: list[tuple[str, str]] = field(default_factory=list)  # name, reason
+    passed_over: list[tuple[str, str]] = field(default_factory=list)  # pictures: name, reason
     notes: list[tuple[str, str]] = field(default_factory=list)  # name, what could not be kept
     seconds: float = 0.0
 
@@ -57,13 +58,13 @@ def correct(
     if not 0 <= strength <= 1:
         raise UsageError(f"strength must be 0 to 1, got {strength}")
     started = time.monotonic()
-    jobs = _jobs(photos, out)
+    jobs, passed_over = _jobs(photos, out)
     corrector = load_predictor(model, config, overrides)
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise EvenlightError(f"cannot make folder {out}: {error.strerror}") from error
-    report = CorrectReport()
+    report = CorrectReport(passed_over=passed_over)
     for done, (source, target) in enumerate(jobs, 1):
         if target.is_file() and not overwrite:
             report.skipped.append(source.name)
@@ -122,11 +123,15 @@ def _make_subfolders(folder: Path, out: Path) -> None:
         folder.mkdir(exist_ok=True)
 
 
-def _jobs(photos: Sequence[Path], out: Path) -> list[tuple[PhotoSource, Path]]:
-    """(photo, output path) of everything to do; refused where an output would hit an input."""
-    sources = _sources(photos, out)
+def _jobs(
+    photos: Sequence[Path], out: Path
+) -> tuple[list[tuple[PhotoSource, Path]], list[tuple[str, str]]]:
+    """(photo, output path) of everything to do, and what was passed over; refused where an output
+    would hit an input."""
+    sources, passed_over = _sources(photos, out)
     if not sources:
-        raise UsageError(f"no photos found in {', '.join(map(str, photos))}")
+        where = ", ".join(map(str, photos))
+        raise UsageError(f"no photos found in {where}{also_there(passed_over)}")
     inputs = {source.path.resolve() for source in sources}
     targets: dict[Path, PhotoSource] = {}
     for source in sources:
@@ -139,20 +144,23 @@ def _jobs(photos: Sequence[Path], out: Path) -> list[tuple[PhotoSource, Path]]:
                 f"{other.path} and {source.path} would both become {target}: correct them into "
                 "two folders"
             )
-    return [(source, target) for target, source in targets.items()]
+    return [(source, target) for target, source in targets.items()], passed_over
 
 
-def _sources(photos: Sequence[Path], out: Path) -> list[PhotoSource]:
-    """Every photo named; where `out` lies in a folder of photos, not what is in `out`."""
+def _sources(photos: Sequence[Path], out: Path) -> tuple[list[PhotoSource], list[tuple[str, str]]]:
+    """Every photo named, and the pictures passed over; where `out` lies in a folder of photos, not
+    what is in `out`."""
     results = out.resolve()
-    sources = []
+    sources, passed_over = list[PhotoSource](), list[tuple[str, str]]()
     for path in photos:
         if path.resolve() == results:
             raise UsageError(f"{out} is the folder of inputs: name another folder for results")
         within = results.is_relative_to(path.resolve())
+        found = find_photos(path)
+        passed_over += found.passed_over
         sources += [
             source
-            for source in list_photos(path)
+            for source in found.photos
             if not (within and source.path.resolve().is_relative_to(results))
         ]
-    return sources
+    return sources, passed_over

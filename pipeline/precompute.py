@@ -25,7 +25,7 @@ from evenlight.pipeline.parts import PARTS, Tools, sizes
 from evenlight.pipeline.plan import UnitPlan, judge, made_by, part_fingerprint, plan_unit
 from evenlight.pipeline.prompts import store_scorer
 from evenlight.pipeline.units import UnitTask, make_unit, make_unit_here, make_unit_in_worker
-from evenlight.stages.photos.find import PhotoSource, list_photos
+from evenlight.stages.photos.find import PhotoSource, also_there, find_photos
 from evenlight.stages.settings import Settings
 
 log = logging.getLogger(__name__)
@@ -37,6 +37,7 @@ class RunReport:
 
     photos: int = 0
     failed: list[tuple[str, str]] = field(default_factory=list)  # name, reason
+    passed_over: list[tuple[str, str]] = field(default_factory=list)  # pictures: name, reason
     units_kept: int = 0
     units_made: int = 0
     parts_made: dict[str, int] = field(default_factory=dict)  # part -> units
@@ -60,9 +61,10 @@ def precompute(
     `run.workers` processes.  Photos that cannot be used are listed in the report.
     """
     started = time.monotonic()
-    sources = {source.name: source for source in list_photos(photos)}
+    found = find_photos(photos)
+    sources = {source.name: source for source in found.photos}
     if not sources:
-        raise UsageError(f"no photos found in {photos}")
+        raise UsageError(f"no photos found in {photos}{also_there(found.passed_over)}")
     # the lock comes first: a second run must be refused before it loads anything
     with Store.create_or_open(store, unit_size=settings.run.unit_size) as target:
         digests = {}
@@ -77,7 +79,7 @@ def precompute(
         _forget_round(target)
         plans = _plans(target, digests, tools)
         todo = [plan for plan in plans if plan.todo]
-        report = RunReport(units_kept=len(plans) - len(todo))
+        report = RunReport(units_kept=len(plans) - len(todo), passed_over=found.passed_over)
         tasks = [UnitTask(target.path, plan, _unit_sources(plan, sources)) for plan in todo]
         finished = schedule.run(
             functools.partial(make_unit_here, target, tools=tools),

@@ -6,6 +6,7 @@ from typing import Any
 
 import cv2
 import numpy as np
+import pillow_heif
 import tifffile
 from PIL import Image
 
@@ -25,6 +26,18 @@ def saved(image: Image.Image, format: str, **options: Any) -> bytes:
     stream = io.BytesIO()
     image.save(stream, format, **options)
     return stream.getvalue()
+
+
+def heic(image: Image.Image, **options: Any) -> bytes:
+    stream = io.BytesIO()
+    pillow_heif.from_pillow(image).save(stream, quality=95, **options)
+    return stream.getvalue()
+
+
+def smooth(height: int, width: int) -> np.ndarray:
+    """HxWx3 uint8 without noise, which lossy formats keep."""
+    coarse = np.random.default_rng(0).uniform(40, 210, (4, 5, 3)).astype(np.float32)
+    return cv2.resize(coarse, (width, height), interpolation=cv2.INTER_CUBIC).astype(np.uint8)
 
 
 def tiff(samples: np.ndarray, **options: Any) -> bytes:

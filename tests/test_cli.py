@@ -105,8 +105,13 @@ def test_precompute_again_goes_on_with_the_settings_of_the_store(
     store, tmp_path, monkeypatch, capsys, toy_loaders
 ):
     arguments = ["precompute", tmp_path / "photos", "-s", store, "--json"]
+    (tmp_path / "photos/raw.dng").touch()
     assert run_cli(monkeypatch, *arguments) == 0
-    assert json.loads(capsys.readouterr().out)["units_made"] == 0
+    printed = capsys.readouterr()
+    report = json.loads(printed.out)
+    assert report["units_made"] == 0
+    assert [name for name, _ in report["passed_over"]] == ["raw.dng"]
+    assert "passed over 1: raw.dng (raw: develop it first" in printed.err
     assert run_cli(monkeypatch, *arguments, "--set", "pseudo_gt.blend=0.5") == 0
     assert set(json.loads(capsys.readouterr().out)["parts_made"]) == {"pseudo_gt"}
 

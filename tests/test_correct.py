@@ -129,6 +129,28 @@ def test_three_good_photos_out_two_failures_named_exit_1(
     assert phone.getexif()[274] == 1 and phone.getexif()[271] == "Maker"
 
 
+def test_pictures_passed_over_are_counted_and_named_on_screen_and_in_json(
+    model, tmp_path, monkeypatch, capsys
+):
+    (tmp_path / "in").mkdir()
+    Image.fromarray(dark(50, 70, 3)).save(tmp_path / "in/new.jfif", "JPEG")
+    for name in (*(f"IMG_{n}.CR2" for n in range(7)), "logo.svg", "notes.txt", "Thumbs.db"):
+        (tmp_path / "in" / name).touch()
+    arguments = ("correct", tmp_path / "in", "-o", tmp_path / "out", "-m", model, "--json")
+    assert run_cli(monkeypatch, *arguments) == 0
+    printed = capsys.readouterr()
+    report = json.loads(printed.out)
+    assert report["corrected"] == ["new.jfif"]
+    names = [name for name, _ in report["passed_over"]]
+    assert names == [*(f"IMG_{n}.CR2" for n in range(7)), "logo.svg"]
+    assert "passed over 7: IMG_0.CR2, IMG_1.CR2" in printed.err and "and 2 more" in printed.err
+    assert "passed over 1: logo.svg (a drawing: export it as PNG)" in printed.err
+    assert "notes.txt" not in printed.err and "Thumbs" not in printed.err
+    (tmp_path / "in/new.jfif").unlink()
+    assert run_cli(monkeypatch, *arguments) == 2
+    assert "passed over: 7 (raw: develop it first" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("bits", [8, 16])
 def test_strength_zero_keeps_every_bit_of_a_png(bits, model, tmp_path):
     source = tmp_path / "in" / "photo.png"

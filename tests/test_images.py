@@ -2,6 +2,7 @@
 
 import json
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import numpy as np
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from photo_makers import saved, tiff
+from photo_makers import heic, saved, smooth, tiff
 from PIL import Image, ImageCms
 
 from evenlight.cache.errors import PhotoError, UsageError
@@ -35,13 +36,39 @@ def touch(path: Path) -> None:
 def test_a_folder_is_walked_in_order_and_what_is_no_photo_is_counted(tmp_path: Path) -> None:
     for name in ("b.JPG", "a/z.tiff", "a/deep/er/x.WebP", "a.png", "A.TIF", "c.jpeg"):
         touch(tmp_path / name)
-    for name in (".DS_Store", "desktop.ini", ".hidden/y.jpg", "notes.txt", "a/raw.cr3", "jpg"):
+    for name in (".DS_Store", "desktop.ini", ".hidden/y.jpg", "notes.txt", "jpg"):
         touch(tmp_path / name)
     found = find_photos(tmp_path)
     names = ["A.TIF", "a.png", "a/deep/er/x.WebP", "a/z.tiff", "b.JPG", "c.jpeg"]
     assert [photo.name for photo in found.photos] == names == [p.output_name for p in found.photos]
-    assert found.skipped == {"hidden": 3, "not named as a photo": 3}
+    assert found.skipped == {"hidden": 3, "not named as a photo": 2}
     assert list_photos(tmp_path) == found.photos
+
+
+def test_pictures_that_cannot_be_read_are_passed_over_by_name_with_a_reason(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in (
+        "a/IMG_1.CR2",
+        "logo.svg",
+        "poster.psd",
+        "b.DNG",
+        "old.jp2",
+        "phone.HEIC",
+        "x.jpg",
+    ):
+        touch(tmp_path / name)
+    found = find_photos(tmp_path)
+    reasons = {name: reason.split(":")[0] for name, reason in found.passed_over}
+    assert list(reasons) == ["a/IMG_1.CR2", "b.DNG", "logo.svg", "old.jp2", "poster.psd"]
+    assert reasons["a/IMG_1.CR2"] == reasons["b.DNG"] == "raw"
+    assert reasons["logo.svg"] == "a drawing" and reasons["poster.psd"].startswith("a document")
+    assert [photo.name for photo in found.photos] == ["phone.HEIC", "x.jpg"]
+    assert not found.skipped
+    monkeypatch.setitem(sys.modules, "pillow_heif", None)  # not installed
+    found = find_photos(tmp_path)
+    assert [photo.name for photo in found.photos] == ["x.jpg"]
+    assert "pip install 'evenlight[heic]'" in dict(found.passed_over)["phone.HEIC"]
 
 
 def test_links_are_followed_once_and_the_true_place_names_the_photo(tmp_path: Path) -> None:
@@ -261,6 +288,52 @@ def test_cmyk_goes_to_srgb_and_its_profile_does_not_stay() -> None:
         assert photo.metadata.icc is None and not photo.gray
         assert (photo.pixels[..., 0] > 200).all() and (photo.pixels[..., 1:] < 60).all()
         assert "CMYK was converted" in photo.metadata.notes[0]
+
+
+def test_rarer_formats_are_read_as_other_readers_see_them() -> None:
+    pixels = smooth(48, 64)
+    picture = Image.fromarray(pixels)
+    assert (decode(saved(picture, "BMP"), "a.bmp").pixels == pixels).all()
+    gif = decode(saved(picture, "GIF"), "a.gif")
+    assert (gif.pixels == np.asarray(picture.quantize(256).convert("RGB"))).all()
+    for data in (saved(picture, "AVIF", quality=95), heic(picture)):
+        photo = decode(data, "a")
+        assert photo.alpha is None and np.abs(photo.pixels.astype(int) - pixels).mean() < 3
+
+
+def test_transparency_of_gif_bmp_and_avif_is_alpha() -> None:
+    rgba = Image.fromarray(np.dstack([smooth(48, 64), np.full((48, 64), 255, np.uint8)]))
+    rgba.paste((9, 9, 9, 0), (0, 0, 32, 48))
+    for data in (saved(rgba, "GIF"), saved(rgba, "AVIF", quality=100), heic(rgba)):
+        alpha = decode(data, "a").alpha
+        assert alpha is not None and (alpha[:, :30] < 8).all() and (alpha[:, 34:] > 247).all()
+
+
+def test_the_first_frame_of_a_gif_counts_and_a_note_says_so() -> None:
+    first, second = Image.fromarray(smooth(48, 64)), Image.new("RGB", (64, 48))
+    data = saved(first, "GIF", save_all=True, append_images=[second, first])
+    photo = decode(data, "a.gif")
+    assert (photo.pixels == decode(saved(first, "GIF"), "a.gif").pixels).all()
+    assert "the first of its 3 frames was kept" in photo.metadata.notes[0]
+
+
+@pytest.mark.parametrize("orientation", [3, 6])
+def test_an_avif_that_its_container_turns_is_turned_once(orientation: int) -> None:
+    tags = Image.Exif()
+    tags[274] = orientation
+    quarters = np.kron(np.array([[1, 2], [3, 4]]), np.ones((12, 16))) * 40
+    picture = Image.fromarray(np.repeat(quarters[..., None], 3, axis=2).astype(np.uint8))
+    photo = decode(saved(picture, "AVIF", quality=100, exif=tags.tobytes()), "a.avif")
+    rows, columns = photo.pixels.shape[:2]
+    middle = photo.pixels[rows // 4 :: rows // 2, columns // 4 :: columns // 2, 1] / 40
+    np.testing.assert_allclose(middle, ORIENTATIONS[orientation], atol=0.1)
+
+
+def test_heic_without_its_extra_is_refused_with_the_cure(monkeypatch: pytest.MonkeyPatch) -> None:
+    data = heic(Image.fromarray(smooth(48, 64)))
+    monkeypatch.setitem(sys.modules, "pillow_heif", None)
+    with pytest.raises(PhotoError, match=r"pip install 'evenlight\[heic\]'"):
+        decode(data, "a.heic")
 
 
 # Canvas

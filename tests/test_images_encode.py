@@ -10,9 +10,11 @@ from typing import Any
 import cv2
 import numpy as np
 import pytest
+import pyvips
 import tifffile
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from photo_makers import heic, saved, smooth
 from PIL import Image, ImageCms, JpegImagePlugin
 
 from evenlight.stages.photos.containers import png_chunk, png_chunks
@@ -27,11 +29,6 @@ NOTE = b"maker's note with an offset inside: \0\0\1\x23"
 
 def noise(*shape: int, dtype: type = np.uint8) -> np.ndarray:
     return np.random.default_rng(0).integers(0, np.iinfo(dtype).max, shape, dtype, endpoint=True)
-
-
-def smooth(height: int, width: int) -> np.ndarray:
-    coarse = np.random.default_rng(0).uniform(40, 210, (4, 5, 3)).astype(np.float32)
-    return cv2.resize(coarse, (width, height), interpolation=cv2.INTER_CUBIC).astype(np.uint8)
 
 
 def exif(orientation: int = 6, thumbnail: bytes = b"") -> bytes:
@@ -73,6 +70,12 @@ def camera_file(format: str, **options: Any) -> bytes:
         stream, "TIFF", exif=tags, dpi=(300, 300), icc_profile=SRGB
     )
     return stream.getvalue()
+
+
+def avif_10_bit(pixels: np.ndarray) -> bytes:
+    image = pyvips.Image.new_from_array(pixels, interpretation="rgb16")
+    data: bytes = image.heifsave_buffer(compression="av1", bitdepth=10, Q=95)
+    return data
 
 
 def exif_of(data: bytes) -> tuple[dict[int, Any], dict[int, Any], dict[int, Any]]:
@@ -174,6 +177,58 @@ def test_a_jpeg_keeps_its_tables_and_subsampling(quality: int, subsampling: str)
         assert isinstance(after, JpegImagePlugin.JpegImageFile)
         assert after.quantization == before.quantization
         assert JpegImagePlugin.get_sampling(after) == JpegImagePlugin.get_sampling(before)
+
+
+@pytest.mark.parametrize("kind", ["AVIF", "HEIC"])
+def test_avif_and_heic_come_out_as_they_came_with_their_metadata(kind: str) -> None:
+    xmp = XMP.replace(b'"6"', b'"1"')
+    options: dict[str, Any] = {"exif": b"Exif\0\0" + exif(1), "xmp": xmp}
+    picture = Image.fromarray(smooth(60, 80))
+    picture.info["icc_profile"] = SRGB
+    if kind == "HEIC":
+        data = heic(picture, **options)
+    else:
+        data = saved(picture, "AVIF", quality=95, icc_profile=SRGB, **options)
+    photo = decode(data, "a")
+    written = encoded(photo)
+    again = decode(written, "a")
+    assert again.format == photo.format == kind.lower() and not photo.metadata.notes
+    assert np.abs(again.pixels.astype(int) - photo.pixels).mean() < 3
+    assert again.metadata.icc == SRGB and again.metadata.xmp == xmp
+    assert again.metadata.exif is not None and NOTE in again.metadata.exif
+    if kind == "AVIF":
+        first, camera, gps = exif_of(written)
+        assert first[272] == "Model" and first.get(274, 1) == 1
+        assert (camera[34855], camera[37500]) == (400, NOTE) and gps[1] == "N"
+
+
+def test_a_deep_avif_is_read_deep_and_says_that_eight_bits_are_written() -> None:
+    deep = (smooth(48, 64).astype(np.uint16) << 8) + 128
+    photo = decode(avif_10_bit(deep), "a.avif")
+    assert photo.bit_depth == 16 and np.abs(photo.pixels.astype(int) - deep).mean() < 600
+    assert photo.metadata.notes == ("of its bits per sample 8 were kept",)
+    again = decode(encoded(photo), "a.avif")
+    assert again.bit_depth == 8
+    assert np.abs(again.pixels.astype(int) - smooth(48, 64)).mean() < 3
+
+
+def test_a_deep_heic_stays_deep() -> None:
+    deep = Photo(pixels=(smooth(48, 64).astype(np.uint16) << 8) + 128, bit_depth=16, format="heic")
+    again = decode(encoded(deep), "a.heic")
+    assert again.bit_depth == 16 and np.abs(again.pixels.astype(int) - deep.pixels).mean() < 1000
+
+
+def test_gif_and_bmp_come_out_as_they_came() -> None:
+    bmp = decode(saved(Image.fromarray(smooth(60, 80)), "BMP"), "a.bmp")
+    again = decode(encoded(bmp), "a.bmp")
+    assert again.format == "bmp" and (again.pixels == bmp.pixels).all()
+    clear = np.full((60, 80), 255, np.uint8)
+    clear[:, :40] = 0
+    gif = Photo(pixels=smooth(60, 80), bit_depth=8, format="gif", alpha=clear)
+    again = decode(encoded(gif), "a.gif")
+    assert again.format == "gif" and np.array_equal(again.alpha, clear)
+    assert np.abs(again.pixels[:, 40:].astype(int) - gif.pixels[:, 40:]).mean() < 6
+    assert "256 colours" in again.metadata.notes[0]
 
 
 def test_a_bare_jpeg_has_full_chroma_and_high_quality() -> None:

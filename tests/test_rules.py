@@ -32,6 +32,7 @@ IMPORTERS = {
     "typer": {"cli.py"},
     "rich": {"pipeline/console.py"},
     "pyvips": {"stages/photos/libvips.py"},
+    "pillow_heif": {"stages/photos/heic.py"},
 }
 FORBIDDEN_IMPORTS = {"pickle", "cPickle", "dill", "cloudpickle", "marshal", "shelve"}
 FORBIDDEN_CALLS = {"eval", "exec", "__import__"}

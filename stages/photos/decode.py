@@ -21,13 +21,16 @@ from evenlight.stages.photos.containers import (
     printable,
 )
 from evenlight.stages.photos.exif import Ifd, read_ifds
+from evenlight.stages.photos.heic import open_heic
 from evenlight.stages.photos.libvips import Opened, open_photo
 from evenlight.stages.photos.metadata import Metadata, read_metadata
 
+READABLE = "JPEG, PNG, TIFF, WebP, GIF, BMP, AVIF and HEIC"
 MIN_SIDE = 16  # pixels; nothing smaller has regions
 _MIN_BYTES = 32  # every format needs more
 _MAX_CHANNELS = 16
 _COLOUR_CHANNELS = {"gray": 1, "rgb": 3, "cmyk": 4}
+_HEIC_BRANDS = (b"heic", b"heix", b"hevc", b"hevx", b"heim", b"heis", b"mif1", b"msf1")
 _TIFF_MAGICS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 
 
@@ -45,7 +48,7 @@ class Photo:
     """pixels: HxWx3 RGB, sRGB-encoded, uint8 or uint16 as bit_depth (8 or 16) says, upright.
     Photos with an ICC profile of another colour space stay in their own (metadata.icc).
     alpha: HxW of the same type, not premultiplied, or None.  gray: stored with one channel.
-    format: jpeg, png, tiff, webp, or array for an image of an HDF5 file."""
+    format: jpeg, png, tiff, webp, gif, bmp, avif, heic, or array for an image of an HDF5 file."""
 
     pixels: np.ndarray
     bit_depth: int
@@ -59,7 +62,8 @@ class Photo:
 def decode(data: bytes, name: str, *, max_megapixels: float = 128) -> Photo:
     """Decode one whole photo file, or array from PhotoSource.read_bytes; content decides.
 
-    The first page of a TIFF counts. CMYK becomes sRGB (the note in its metadata says so).
+    The first page of a TIFF counts, and the first frame of a GIF or AVIF. CMYK becomes sRGB. Notes
+    in the metadata say what a copy of the photo will lack.
     Raises PhotoError with a sentence that leaves the name for the caller to add: no photo,
     truncated, damaged, an animation, above max_megapixels (from the header, before anything is
     allocated) or under 16 pixels a side. Damage inside a JPEG scan cannot be seen.
@@ -67,10 +71,12 @@ def decode(data: bytes, name: str, *, max_megapixels: float = 128) -> Photo:
     format = _format_of(data, name)
     try:
         ifds = tuple(read_ifds(data)) if format == "tiff" else ()
-        opened = _open_array(data) if format == "array" else open_photo(data, format)
+        opened = _OPENERS[format](data) if format in _OPENERS else open_photo(data, format)
         _refuse_size(opened, max_megapixels)
         _refuse_animation(data, opened, format)
-        metadata, orientation = read_metadata(data, format, ifds)
+        metadata, orientation = read_metadata(data, format, ifds, opened.embedded)
+        for note in _losses(opened, format):
+            metadata = metadata.noting(note)
         photo = _photo(opened, format, metadata, _alpha_follows(opened, ifds))
         photo = replace(photo, encoding=_encoding(data, format))
     except (PhotoError, MemoryError):
@@ -100,6 +106,16 @@ def _format_of(data: bytes, name: str) -> str:
         return "webp"
     if data.startswith(b"\x93NUMPY"):
         return "array"
+    if data[:6] in (b"GIF87a", b"GIF89a"):
+        return "gif"
+    if data.startswith(b"BM") and data[6:10] == bytes(4):
+        return "bmp"
+    if data[4:8] == b"ftyp":
+        brands = data[8 : min(int.from_bytes(data[:4], "big"), 256)]
+        if b"avif" in brands or b"avis" in brands:
+            return "avif"
+        if brands[:4] in _HEIC_BRANDS:
+            return "heic"
     raise PhotoError(_what_it_is_instead(data, name))
 
 
@@ -123,6 +139,18 @@ def _refuse_animation(data: bytes, opened: Opened, format: str) -> None:
         frames = next((struct.unpack_from(">I", it)[0] for kind, it in ahead if kind == b"acTL"), 1)
     if frames > 1:
         raise PhotoError("the file is an animation; only still photos can be used")
+
+
+def _losses(opened: Opened, format: str) -> list[str]:
+    """What a copy of the photo will lack that its file has."""
+    notes = []
+    if opened.pages > 1 and format in ("gif", "avif"):
+        notes.append(f"the first of its {opened.pages} frames was kept, the others were not")
+    if format == "gif":
+        notes.append("a GIF holds 256 colours: the result was brought back to as many")
+    if format == "avif" and opened.bits > 8:
+        notes.append("of its bits per sample 8 were kept")
+    return notes
 
 
 def _alpha_follows(opened: Opened, ifds: tuple[Ifd, ...]) -> bool:
@@ -211,6 +239,20 @@ def _upright(pixels: np.ndarray, orientation: int) -> np.ndarray:
     return np.ascontiguousarray(pixels)
 
 
+def _open_bmp(data: bytes) -> Opened:
+    image = Image.open(io.BytesIO(data), formats=("BMP",))
+    mode = "RGBA" if image.mode == "RGBA" else "L" if image.mode in ("1", "L") else "RGB"
+    channels = {"L": 1, "RGB": 3, "RGBA": 4}[mode]
+    return Opened(
+        width=image.width,
+        height=image.height,
+        bits=8,
+        colours="gray" if mode == "L" else "rgb",
+        channels=channels,
+        samples=lambda: np.array(image.convert(mode)).reshape(image.height, image.width, channels),
+    )
+
+
 def _open_array(data: bytes) -> Opened:
     stream = io.BytesIO(data)
     try:
@@ -237,6 +279,9 @@ def _open_array(data: bytes) -> Opened:
     )
 
 
+_OPENERS = {"array": _open_array, "bmp": _open_bmp, "heic": open_heic}
+
+
 def _is_image_shape(shape: tuple[int, ...]) -> bool:
     return len(shape) == 2 or (len(shape) == 3 and shape[2] in (1, 3, 4))
 
@@ -247,11 +292,11 @@ def _what_it_is_instead(data: bytes, name: str) -> str:
         what = "an HTML page"
     elif not any(data):
         what = f"{len(data)} zero bytes"
-    elif start.startswith((b"gif8", b"bm", b"%pdf", b"{", b"<?xml", b"<svg")):
+    elif start.startswith((b"%pdf", b"{", b"<?xml", b"<svg", b"8bps")):
         what = f"another kind of file (it begins with {printable(data[:8])})"
     elif data[4:8] == b"ftyp":
-        what = f"a {printable(data[8:12]).strip()} file (HEIF, AVIF or video)"
+        what = f"a {printable(data[8:12]).strip()} file (video?)"
     else:
         what = f"no photo (it begins with {printable(data[:8])})"
     suffix = name.rpartition(".")[2].lower() if "." in name else "a photo"
-    return f"named {suffix}, but holds {what}; JPEG, PNG, TIFF and WebP can be read"
+    return f"named {suffix}, but holds {what}; {READABLE} can be read"

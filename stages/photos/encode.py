@@ -14,9 +14,11 @@ from PIL import Image
 from evenlight.cache.files import atomic_write
 from evenlight.stages.photos.containers import PNG_SIGNATURE, png_chunk
 from evenlight.stages.photos.decode import Photo
-from evenlight.stages.photos.exif import first_ifd, relocated
+from evenlight.stages.photos.exif import first_ifd, relocated, without_orientation
+from evenlight.stages.photos.heic import heic_bytes
 
 _XMP = 700  # TIFF tag
+_GIF_CLEAR = 255  # the palette's last index
 
 
 def encode(photo: Photo, path: Path, quality: int = 95) -> None:
@@ -34,6 +36,7 @@ def encoded(photo: Photo, quality: int = 95) -> bytes:
     """The file that encode writes."""
     assert photo.pixels.dtype == (np.uint16 if photo.bit_depth == 16 else np.uint8)
     writers = {"jpeg": _jpeg, "png": _png, "array": _png, "tiff": _tiff, "webp": _webp}
+    writers |= {"gif": _gif, "bmp": _bmp, "avif": _avif, "heic": _heic}
     return writers[photo.format](photo, _samples(photo), quality)
 
 
@@ -88,11 +91,8 @@ def _jpeg(photo: Photo, samples: np.ndarray, quality: int) -> bytes:
 
 
 def _webp(photo: Photo, samples: np.ndarray, quality: int) -> bytes:
-    if samples.shape[2] <= 2:  # WebP has no gray
-        colours = samples[..., :1].repeat(3, axis=2)
-        samples = np.concatenate([colours, samples[..., 1:]], axis=2)
     return _saved(
-        _image(samples),
+        _image(_coloured(samples)),  # WebP has no gray
         "WEBP",
         lossless=photo.encoding.lossless,
         quality=quality,
@@ -101,6 +101,51 @@ def _webp(photo: Photo, samples: np.ndarray, quality: int) -> bytes:
         icc_profile=_icc(photo, samples),
         xmp=photo.metadata.xmp,
     )
+
+
+def _gif(photo: Photo, samples: np.ndarray, quality: int) -> bytes:
+    """The 256 colours that suit the picture, mixed by dithering; alpha is all or nothing."""
+    image = _image(_coloured(samples)[..., :3])
+    palette = image.quantize(_GIF_CLEAR)
+    image = image.quantize(palette=palette, dither=Image.Dither.FLOYDSTEINBERG)
+    if photo.alpha is None:
+        return _saved(image, "GIF")
+    image.paste(_GIF_CLEAR, mask=Image.fromarray(photo.alpha < 128))
+    return _saved(image, "GIF", transparency=_GIF_CLEAR)
+
+
+def _bmp(photo: Photo, samples: np.ndarray, quality: int) -> bytes:
+    return _saved(_image(samples if samples.shape[2] == 1 else _coloured(samples)), "BMP")
+
+
+def _avif(photo: Photo, samples: np.ndarray, quality: int) -> bytes:
+    if photo.bit_depth == 16:
+        samples = ((samples.astype(np.uint32) + 128) // 257).astype(np.uint8)
+    # Pillow would turn the picture by the tag and write the rest of the block anew.
+    exif = photo.metadata.exif and without_orientation(photo.metadata.exif)
+    return _saved(
+        _image(_coloured(samples)),
+        "AVIF",
+        quality=quality,
+        subsampling="4:4:4",
+        exif=exif,
+        icc_profile=_icc(photo, samples),
+        xmp=photo.metadata.xmp,
+    )
+
+
+def _heic(photo: Photo, samples: np.ndarray, quality: int) -> bytes:
+    metadata = photo.metadata
+    return heic_bytes(
+        _coloured(samples), quality, metadata.exif, _icc(photo, samples), metadata.xmp
+    )
+
+
+def _coloured(samples: np.ndarray) -> np.ndarray:
+    """Three channels of colour where there is one."""
+    if samples.shape[2] > 2:
+        return samples
+    return np.concatenate([samples[..., :1].repeat(3, axis=2), samples[..., 1:]], axis=2)
 
 
 def _png(photo: Photo, samples: np.ndarray, quality: int) -> bytes:

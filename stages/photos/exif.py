@@ -130,6 +130,18 @@ def upright_exif(exif: bytes) -> tuple[int, bytes]:
     return orientation, _without_thumbnail(block, thumbnails)
 
 
+def without_orientation(exif: bytes) -> bytes:
+    """The block without its Orientation entry; every other byte that is pointed to stays."""
+    ifd = first_ifd(exif)
+    if ORIENTATION not in ifd.entries:
+        return exif
+    block, where = bytearray(exif), ifd.entries[ORIENTATION].where
+    (count,) = struct.unpack_from(ifd.order + "H", block, ifd.at)
+    struct.pack_into(ifd.order + "H", block, ifd.at, count - 1)
+    block[where : ifd.next_at + 4] = block[where + 12 : ifd.next_at + 4] + bytes(12)
+    return bytes(block)
+
+
 def _exchange(block: bytearray, first: int, second: int) -> None:
     """Swap type, count and value of two entries and leave their tags where they are."""
     a, b = slice(first + 2, first + 12), slice(second + 2, second + 12)

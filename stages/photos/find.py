@@ -1,20 +1,40 @@
 """Where photos come from: files, folders walked recursively, HDF5 files of images."""
 
+import importlib.util
 import io
 import os
 import stat
 import unicodedata
 from collections import Counter
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePath
 
 import numpy as np
 
 from evenlight.cache.errors import PhotoError, UsageError
 
-SUFFIXES = (".jpg", ".jpeg", ".png", ".tif", ".tiff", ".webp")
+SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".tif", ".tiff", ".webp", ".gif", ".bmp",
+            ".avif", ".heic", ".heif", ".hif")  # fmt: skip
+_HEIC_SUFFIXES = (".heic", ".heif", ".hif")
+# Files that a person would call pictures and that are not read: why, and how their names end.
+_PASSED_OVER = {
+    "raw: develop it first, into TIFF or JPEG": "3fr arw cr2 cr3 crw dcr dng erf fff gpr iiq k25"
+    " kdc mef mos mrw nef nrw orf pef raf raw rw2 rwl sr2 srf srw x3f",
+    "a document of an editor: export it as PNG or TIFF": "afphoto clip kra ora pdn psb psd xcf",
+    "a drawing: export it as PNG": "ai cdr emf eps svg svgz wmf",
+    "a format that is not read: convert it to PNG or TIFF": "cur dds dib dpx exr fit fits hdr ico"
+    " icns j2c j2k jls jp2 jpf jpx jxl jxr pbm pcx pfm pgm pnm ppm qoi sgi tga wdp xbm xpm",
+}
+_REASONS = {f".{end}": reason for reason, ends in _PASSED_OVER.items() for end in ends.split()}
 HDF5_SUFFIXES = (".h5", ".hdf5")
 _MAX_BYTES = 2 << 30  # of one file; 128 megapixels of 16-bit RGBA are 1 GiB uncompressed
+
+HEIC_NEEDED = "reading HEIC needs the extra of that name: pip install 'evenlight[heic]'"
+
+
+def heic_is_installed() -> bool:
+    """Whether HEIC can be read here; loads nothing."""
+    return importlib.util.find_spec("pillow_heif") is not None
 
 
 @dataclass(frozen=True)
@@ -57,24 +77,34 @@ class PhotoSource:
 
 @dataclass(frozen=True)
 class Found:
-    """photos: sorted by relative path.  skipped: how many files were passed over, by reason."""
+    """photos: sorted by relative path.  passed_over: (name, reason) of pictures that cannot be
+    read, sorted.  skipped: how many files that are no pictures were, by reason."""
 
     photos: list[PhotoSource]
+    passed_over: list[tuple[str, str]] = field(default_factory=list)
     skipped: Counter[str] = field(default_factory=Counter)
 
 
 def list_photos(source: Path) -> list[PhotoSource]:
-    """The photos of find_photos, without the count of what was skipped."""
+    """The photos of find_photos, without what was passed over."""
     return find_photos(source).photos
+
+
+def also_there(passed_over: list[tuple[str, str]]) -> str:
+    """For a sentence that says no photos were found: the pictures that were, if any."""
+    if not passed_over:
+        return ""
+    counts = Counter(reason for _, reason in passed_over)
+    return "; passed over: " + ", ".join(f"{n} ({reason})" for reason, n in counts.items())
 
 
 def find_photos(source: Path) -> Found:
     """Photos of a file, of a folder and all folders in it, or of an HDF5 file.
 
-    In folders, files count as photos by suffix (any case); a file named itself is always
-    listed.  Links to folders are followed once each.  Files and folders that cannot be opened
-    are listed all the same, so that reading them reports them by name.  Raises UsageError when
-    source does not exist or is neither file nor folder.
+    In folders, files count as photos, and as pictures to pass over, by suffix (any case); a file
+    named itself is always listed.  Links to folders are followed once each.  Files and folders
+    that cannot be opened are listed all the same, so that reading them reports them by name.
+    Raises UsageError when source does not exist or is neither file nor folder.
     """
     try:
         mode = source.stat().st_mode
@@ -84,6 +114,7 @@ def find_photos(source: Path) -> Found:
         found = Found([])
         _walk(source, found)
         found.photos.sort(key=lambda photo: photo.output_name)
+        found.passed_over.sort()
         return found
     if not stat.S_ISREG(mode):
         raise UsageError(f"{source} is neither a file, a folder nor an HDF5 file of images")
@@ -126,12 +157,21 @@ def _walk(root: Path, found: Found) -> None:
                 found.skipped["hidden"] += 1
             elif _is_folder(entry):
                 (linked if entry.is_symlink() else folders).append(Path(entry.path))
+            elif reason := _reason_to_pass_over(entry.name):
+                found.passed_over.append((_source(root, Path(entry.path)).name, reason))
             elif not entry.name.lower().endswith(SUFFIXES):
                 found.skipped["not named as a photo"] += 1
             elif _is_special(entry):
                 found.skipped["not a regular file"] += 1
             else:
                 found.photos.append(_source(root, Path(entry.path)))
+
+
+def _reason_to_pass_over(name: str) -> str | None:
+    suffix = PurePath(name).suffix.lower()
+    if suffix in _HEIC_SUFFIXES and not heic_is_installed():
+        return HEIC_NEEDED
+    return _REASONS.get(suffix)
 
 
 def _is_folder(entry: os.DirEntry[str]) -> bool:

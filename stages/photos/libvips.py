@@ -1,4 +1,4 @@
-"""The door to libvips, which reads JPEG, PNG, TIFF and WebP.  The only importer of pyvips.
+"""The door to libvips, which reads JPEG, PNG, TIFF, WebP, GIF, AVIF.  The only importer of pyvips.
 
 The loader is chosen by the caller from the file's signature: the one that guesses would let any of
 libvips' many loaders meet hostile bytes.
@@ -6,8 +6,8 @@ libvips' many loaders meet hostile bytes.
 
 import logging
 import os
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -25,9 +25,12 @@ _LOADERS = {
     "png": pyvips.Image.pngload_buffer,
     "tiff": pyvips.Image.tiffload_buffer,
     "webp": pyvips.Image.webpload_buffer,
+    "gif": pyvips.Image.gifload_buffer,
+    "avif": pyvips.Image.heifload_buffer,  # its build has AV1, and no HEVC
 }
 _COLOURS = {"b-w": "gray", "grey16": "gray", "srgb": "rgb", "rgb": "rgb", "rgb16": "rgb",
             "cmyk": "cmyk"}  # fmt: skip
+_BLOCKS = {"exif": "exif-data", "icc": "icc-profile-data", "xmp": "xmp-data"}
 _BITS = {"uchar": 8, "ushort": 16}
 
 
@@ -36,7 +39,8 @@ class Opened:
     """A photo whose header is read and whose pixels are not.
 
     width, height: pixels, as stored.  bits: 8 or 16 per sample, as decoded.  colours: gray, rgb or
-    cmyk.  channels: colours and what follows them.  pages: images in the file.
+    cmyk.  channels: colours and what follows them.  pages: images in the file.  embedded: of
+    formats whose container only a decoder knows, the blocks "exif", "icc" and "xmp" that are there.
     samples: decodes; HxWxC uint8 or uint16, alpha not premultiplied; raises PhotoError.
     """
 
@@ -46,11 +50,12 @@ class Opened:
     colours: str
     channels: int
     pages: int = 1
+    embedded: Mapping[str, bytes] = field(default_factory=dict)
     samples: Callable[[], np.ndarray]
 
 
 def open_photo(data: bytes, format: str) -> Opened:
-    """Read the header of a file of a known format: jpeg, png, tiff or webp.
+    """Read the header of a file of a known format: jpeg, png, tiff, webp, gif or avif.
 
     The first page of several is opened.  Raises PhotoError when the header is damaged, or the
     samples are of a kind that no photo has.
@@ -81,6 +86,9 @@ def open_photo(data: bytes, format: str) -> Opened:
         colours=_COLOURS[image.interpretation],
         channels=image.bands,
         pages=image.get("n-pages") if image.get_typeof("n-pages") else 1,
+        embedded={
+            kind: image.get(name) for kind, name in _BLOCKS.items() if image.get_typeof(name)
+        },
         samples=samples,
     )
 

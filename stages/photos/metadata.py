@@ -4,6 +4,7 @@ import io
 import re
 import struct
 import zlib
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -41,16 +42,25 @@ class Metadata:
         return replace(self, notes=(*self.notes, note))
 
 
-def read_metadata(data: bytes, format: str, ifds: tuple[Ifd, ...]) -> tuple[Metadata, int]:
-    """Metadata of a whole photo file, and the EXIF orientation (1 to 8) of the pixels as stored.
+def read_metadata(
+    data: bytes, format: str, ifds: tuple[Ifd, ...], embedded: Mapping[str, bytes]
+) -> tuple[Metadata, int]:
+    """Metadata of a whole photo file, and the EXIF orientation (1 to 8) of the pixels as decoded.
+
+    ifds: of a TIFF.  embedded: `Opened.embedded`.
 
     The orientation in the metadata is already 1: the caller turns the pixels.  Damaged metadata
     never costs the photo; a note says what was dropped.
     """
     readers = {"jpeg": _of_jpeg, "png": _of_png, "webp": _of_webp}
-    if format == "array":
-        return Metadata(), 1
-    metadata = _of_tiff(data, ifds[0]) if format == "tiff" else readers[format](data)
+    if format == "tiff":
+        metadata = _of_tiff(data, ifds[0])
+    elif format in readers:
+        metadata = readers[format](data)
+    else:  # a decoder found it
+        metadata = Metadata(
+            exif=_bare(embedded.get("exif")), icc=embedded.get("icc"), xmp=embedded.get("xmp")
+        )
     orientation = 1
     if metadata.exif is not None:
         try:
@@ -59,9 +69,11 @@ def read_metadata(data: bytes, format: str, ifds: tuple[Ifd, ...]) -> tuple[Meta
         except (PhotoError, struct.error):
             metadata = replace(metadata, exif=None)
             metadata = metadata.noting("its EXIF block is damaged and was not kept")
-    if metadata.xmp is not None and orientation != 1:  # where EXIF is silent, viewers heed neither
+    turned = format in ("avif", "heic")  # by the decoder: the container says how, not EXIF
+    if metadata.xmp is not None and (orientation != 1 or turned):
+        # elsewhere, where EXIF is silent, viewers do not heed XMP either
         metadata = replace(metadata, xmp=_XMP_ORIENTATION.sub(rb"\g<1>1", metadata.xmp))
-    return metadata, orientation
+    return metadata, 1 if turned else orientation
 
 
 def _of_jpeg(data: bytes) -> Metadata:
