@@ -6,7 +6,7 @@ unexport PYTHONDONTWRITEBYTECODE  # else every process compiles torch anew: 6 s 
 # Waiting threads give way: spinning ones make a training step take 20 s for 1 on a busy machine.
 export OMP_WAIT_POLICY := PASSIVE
 
-.PHONY: demo test check clean
+.PHONY: demo test quick check wheel clean
 
 demo: $(VENV)/ready
 	$(BIN)/python -m evenlight.pipeline.demo demo-output
@@ -15,11 +15,17 @@ demo: $(VENV)/ready
 test: $(VENV)/ready
 	$(BIN)/python -m pytest -q
 
+quick: $(VENV)/ready  # while at work: all but the tests that take more than about ten seconds
+	$(BIN)/python -m pytest -q -m 'not slow'
+
 check: $(VENV)/ready
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+wheel: $(VENV)/ready
+	.ci/wheel
 
 $(VENV)/ready: pyproject.toml constraints.txt
 	python3 -m venv $(VENV)

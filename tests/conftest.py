@@ -1,12 +1,10 @@
 import os
-import sys
 import tempfile
 from pathlib import Path
 
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).parent))  # tests import their helpers by name
 torch.set_num_threads(1)  # threads waiting for each other cost more than they give on toy sizes
 
 

@@ -335,8 +335,6 @@ def test_doctor_exits_4_naming_what_is_lacking_even_torch(tmp_path, monkeypatch,
 
 SLOW_PRECOMPUTE = """
 import sys, time
-helpers, *arguments = sys.argv[1:]
-sys.path.insert(0, helpers)
 import torch
 torch.set_num_threads(1)
 from toys import ToyClip, ToySegmenter
@@ -350,7 +348,6 @@ class Slow(ToySegmenter):
         return super().segment(photo)
 
 precompute.load_models = lambda settings: Models(Slow(), ToyClip())
-sys.argv = ["evenlight", *arguments]
 cli.main()
 """
 
@@ -361,10 +358,14 @@ def test_a_signal_ends_precompute_soon_and_says_how_to_go_on(number, code, tmp_p
     store = tmp_path / "S"
     arguments = ["precompute", tmp_path / "photos", "-s", store]
     arguments += [part for text in SMALL for part in ("--set", text)]
-    here = Path(__file__).parent
-    command = [sys.executable, "-c", SLOW_PRECOMPUTE, here, *arguments]
+    command = [sys.executable, "-c", SLOW_PRECOMPUTE, *arguments]
+    paths = [str(Path(__file__).parent), os.environ.get("PYTHONPATH")]  # where the toys lie
     child = subprocess.Popen(
-        list(map(str, command)), stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        list(map(str, command)),
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths))},
+        stderr=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
     )
     while not list(store.glob("evenlight/units/*.json")) and child.poll() is None:
         time.sleep(0.05)  # until one unit is complete

@@ -14,6 +14,8 @@ from evenlight.cache.errors import StoreError, UsageError
 from evenlight.cache.files import Lock
 from evenlight.stages.corrector import training
 from evenlight.stages.corrector.batches import (
+    Batch,
+    Draw,
     TrainingData,
     draw,
     small_copies,
@@ -176,58 +178,64 @@ class NaNGradient(torch.autograd.Function):
         return grads[0] * float("nan")
 
 
+class Saboteur:
+    """Breaks one step of a training at one place, and keeps the weights from before the step."""
+
+    def __init__(self, where: str, bad_step: int) -> None:
+        self.where, self.bad_step, self.step = where, bad_step, -1
+        self.originals = training.begin, training.draw, training.take
+        self.models = toy_models()
+        self.before: dict[str, Tensor] = {}
+
+    def strikes(self, where: str) -> bool:
+        return self.where == where and self.step == self.bad_step
+
+    def weights(self) -> dict[str, Tensor]:
+        state = {"network": self.run.network, "ema": self.run.ema}
+        return {f"{n}.{k}": x.clone() for n, m in state.items() for k, x in m.state_dict().items()}
+
+    def begin(self, *args) -> Run:
+        self.run = self.originals[0](*args)
+        return self.run
+
+    def draw(self, step: int, *args) -> Draw:
+        self.step = step
+        if self.strikes("weight"):
+            with torch.no_grad():
+                next(self.run.network.stem.parameters())[0] = float("nan")
+        self.before = self.weights()
+        return self.originals[1](step, *args)
+
+    def take(self, *args) -> Batch:
+        batch = self.originals[2](*args)
+        if self.strikes("input"):
+            batch.proto[0, 0, 0, 0] = float("nan")
+        if self.strikes("target"):
+            batch.target[-1, 0, 3, 3] = float("inf")
+        return batch
+
+    def features(self, rgb: Tensor) -> tuple[Tensor, Tensor]:
+        return self.models.features(NaNGradient.apply(rgb) if self.strikes("gradient") else rgb)
+
+    def logits(self, rgb: Tensor) -> Tensor:
+        return self.models.logits(rgb) * (float("nan") if self.strikes("loss") else 1)
+
+
 @pytest.mark.parametrize("where", ["input", "target", "loss", "gradient", "weight"])
 @pytest.mark.parametrize("bad_step", [0, 4, 6])
 def test_nan_stops_before_the_update(tmp_path, monkeypatch, where, bad_step):
     settings = with_train(steps=7, spc_every=1, save_every=2, validate_every=7)
-    runs: list[Run] = []
-    now: dict = {}
-    begin, draw_, take_, models = training.begin, training.draw, training.take, toy_models()
-
-    def spy_begin(*args):
-        runs.append(begin(*args))
-        return runs[-1]
-
-    def spy_draw(step, *args):
-        now["step"] = step
-        if step == bad_step and where == "weight":
-            with torch.no_grad():
-                next(runs[0].network.stem.parameters())[0] = float("nan")
-        state = {"network": runs[0].network, "ema": runs[0].ema}
-        now["before"] = {
-            f"{name}.{k}": x.clone() for name, m in state.items() for k, x in m.state_dict().items()
-        }
-        return draw_(step, *args)
-
-    def spy_take(*args):
-        batch = take_(*args)
-        if now["step"] == bad_step and where == "input":
-            batch.proto[0, 0, 0, 0] = float("nan")
-        if now["step"] == bad_step and where == "target":
-            batch.target[-1, 0, 3, 3] = float("inf")
-        return batch
-
-    def features(rgb: Tensor) -> tuple[Tensor, Tensor]:
-        if now["step"] == bad_step and where == "gradient":
-            rgb = NaNGradient.apply(rgb)
-        return models.features(rgb)
-
-    def logits(rgb: Tensor) -> Tensor:
-        bad = now["step"] == bad_step and where == "loss"
-        return models.logits(rgb) * (float("nan") if bad else 1)
-
-    monkeypatch.setattr(training, "begin", spy_begin)
-    monkeypatch.setattr(training, "draw", spy_draw)
-    monkeypatch.setattr(training, "take", spy_take)
+    saboteur = Saboteur(where, bad_step)
+    for name in ("begin", "draw", "take"):
+        monkeypatch.setattr(training, name, getattr(saboteur, name))
     what = "gradient" if where == "gradient" else "loss"
     message = f"the {what} of step {bad_step} is .*stopped before the update"
+    models = Frozen(saboteur.features, saboteur.logits)
     with pytest.raises(NonFinite, match=message):
-        train(toy_data(), Frozen(features, logits), settings, tmp_path, KEPT)
+        train(toy_data(), models, settings, tmp_path, KEPT)
 
-    after = {"network": runs[0].network, "ema": runs[0].ema}
-    for name, model in after.items():
-        for key, x in model.state_dict().items():
-            assert torch.equal(x.nan_to_num(7e7), now["before"][f"{name}.{key}"].nan_to_num(7e7))
+    for name, x in saboteur.weights().items():
+        assert torch.equal(x.nan_to_num(7e7), saboteur.before[name].nan_to_num(7e7))
     report = json.loads((tmp_path / f"nonfinite_step_{bad_step:07d}.json").read_text())
     assert all(name in toy_data().names for name in report["photos"])
     assert len(report["photos"]) == 4 and report["settings"]["train"]["batch"] == 4

@@ -14,6 +14,7 @@ import json
 import logging
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -171,7 +172,9 @@ def load_clip(settings: ClipSettings, device: str = "cpu") -> Clip:
     except Exception as error:  # torch, safetensors, json and the hub each raise their own
         raise EnvironmentLacks(_unreadable(path, settings.model, error)) from error
     side = model.visual.image_size
-    return _clip(model, tokenizer, settings, path, device, mean=mean, std=std, side=side)
+    side = side if isinstance(side, int) else side[0]
+    known = replace(settings, mean=tuple(mean), std=tuple(std), image_size=side)
+    return _clip(model, tokenizer, known, path, device)
 
 
 def _load_shipped(settings: ClipSettings, device: str) -> Clip:
@@ -191,40 +194,32 @@ def _load_shipped(settings: ClipSettings, device: str) -> Clip:
     tokenizer = open_clip.SimpleTokenizer(
         context_length=config["model_cfg"]["text_cfg"]["context_length"]
     )
-    return _clip(
+    known = replace(
+        settings,
+        mean=settings.mean or tuple(own["mean"]),
+        std=settings.std or tuple(own["std"]),
+        image_size=settings.image_size or own["size"],
+    )
+    return _clip(model, tokenizer, known, path, device)
+
+
+def _clip(model: nn.Module, tokenizer: Any, known: ClipSettings, path: Path, device: str) -> Clip:
+    """known: the settings, with the model's own values where they leave them to it."""
+    facts = {
+        "model": known.model,
+        "weights": sha256_file(path),
+        "mean": [float(v) for v in known.mean],
+        "std": [float(v) for v in known.std],
+        "size": known.image_size,
+    }
+    return Clip(
         model,
         tokenizer,
-        settings,
-        path,
-        device,
-        mean=settings.mean or own["mean"],
-        std=settings.std or own["std"],
-        side=settings.image_size or own["size"],
-    )
-
-
-def _clip(
-    model: nn.Module,
-    tokenizer: Any,
-    settings: ClipSettings,
-    path: Path,
-    device: str,
-    *,
-    mean: Sequence[float],
-    std: Sequence[float],
-    side: int | tuple[int, int],
-) -> Clip:
-    size = side if isinstance(side, int) else side[0]
-    facts = {
-        "model": settings.model,
-        "weights": sha256_file(path),
-        "mean": [float(v) for v in mean],
-        "std": [float(v) for v in std],
-        "size": size,
-    }
-    fingerprint = sha256_bytes(canonical_json(facts))
-    return Clip(
-        model, tokenizer, mean=mean, std=std, size=size, fingerprint=fingerprint, device=device
+        mean=known.mean,
+        std=known.std,
+        size=known.image_size,
+        fingerprint=sha256_bytes(canonical_json(facts)),
+        device=device,
     )
 
 
