@@ -31,7 +31,13 @@ _MIN_BYTES = 32  # every format needs more
 _MAX_CHANNELS = 16
 _COLOUR_CHANNELS = {"gray": 1, "rgb": 3, "cmyk": 4}
 _HEIC_BRANDS = (b"heic", b"heix", b"hevc", b"hevx", b"heim", b"heis", b"mif1", b"msf1")
-_TIFF_MAGICS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
+_STARTS = {  # first bytes: format; others say what they are further on
+    b"\xff\xd8\xff": "jpeg",
+    PNG_SIGNATURE: "png",
+    b"\x93NUMPY": "array",
+    **dict.fromkeys((b"GIF87a", b"GIF89a"), "gif"),
+    **dict.fromkeys((b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"), "tiff"),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,18 +102,11 @@ def _format_of(data: bytes, name: str) -> str:
         raise PhotoError("the file is empty (0 bytes)")
     if len(data) < _MIN_BYTES:
         raise PhotoError(f"the file has {len(data)} bytes: it is truncated, or no photo")
-    if data.startswith(b"\xff\xd8\xff"):
-        return "jpeg"
-    if data.startswith(PNG_SIGNATURE):
-        return "png"
-    if data[:4] in _TIFF_MAGICS:
-        return "tiff"
+    for start, format in _STARTS.items():
+        if data.startswith(start):
+            return format
     if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
         return "webp"
-    if data.startswith(b"\x93NUMPY"):
-        return "array"
-    if data[:6] in (b"GIF87a", b"GIF89a"):
-        return "gif"
     if data.startswith(b"BM") and data[6:10] == bytes(4):
         return "bmp"
     if data[4:8] == b"ftyp":
