@@ -2,33 +2,14 @@
 
 import functools
 from dataclasses import dataclass
-from typing import Protocol
 
-import numpy as np
 import torch
-from torch import Tensor
 
 from evenlight.cache.errors import EnvironmentLacks
 from evenlight.stages.priors.clip import load_clip
-from evenlight.stages.priors.fastsam import Regions, load_segmenter
-from evenlight.stages.priors.ladder import Embedder
-from evenlight.stages.priors.prompts import TunableClip
+from evenlight.stages.priors.fastsam import load_segmenter
+from evenlight.stages.priors.protocols import ClipModel, Segmenter
 from evenlight.stages.settings import ClipSettings, RegionSettings, Settings
-
-
-class Segmenter(Protocol):
-    """FastSAM: regions and features of a photo."""
-
-    fingerprint: str
-    p3_channels: int
-
-    def segment(self, photo_HW3: np.ndarray) -> Regions: ...
-
-    def features(self, rgb_B3HW: Tensor) -> tuple[Tensor, Tensor]: ...
-
-
-class ClipModel(Embedder, TunableClip, Protocol):
-    """CLIP: embeds photos and prompts."""
 
 
 @dataclass(frozen=True)

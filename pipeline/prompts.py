@@ -11,10 +11,10 @@ from evenlight.cache.errors import StoreError
 from evenlight.cache.files import read_json, write_json
 from evenlight.cache.shards import OURS
 from evenlight.cache.store import Store
-from evenlight.pipeline.models import ClipModel
 from evenlight.pipeline.parts import TUNING
 from evenlight.stages.priors.clip import load_clip
 from evenlight.stages.priors.prompts import Ladders, Scorer, tune, zero_shot
+from evenlight.stages.priors.protocols import ClipModel
 from evenlight.stages.settings import Settings
 
 

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from evenlight.stages.pixels import luma, to_float
-from evenlight.stages.priors.fastsam import Regions
+from evenlight.stages.priors.protocols import Regions
 
 
 class ToySegmenter:

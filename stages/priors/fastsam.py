@@ -9,7 +9,6 @@ import os
 import shutil
 import sys
 import tempfile
-from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -24,6 +23,7 @@ from torchvision.ops import nms
 
 from evenlight.cache.errors import EnvironmentLacks
 from evenlight.stages.priors.fastsam_weights import WHERE, read_weights, unusable
+from evenlight.stages.priors.protocols import Regions
 from evenlight.stages.priors.region_map import distinct, on_edges, region_map
 from evenlight.stages.settings import RegionSettings
 from evenlight.stages.weights import shipped
@@ -63,19 +63,6 @@ WIDTHS = {16: "n", 32: "s", 48: "m", 64: "l", 80: "x"}  # channels of the first 
 BOX_IOU = 0.8  # boxes nearer than this are one; masks decide the rest
 MAX_MASKS = 300  # as ultralytics' max_det
 EDGE_SNAP = 0.03  # boxes ending this near the frame's edge (share of the side) reach it
-
-
-@dataclass(frozen=True, kw_only=True)
-class Regions:
-    """What the segmenter says of one photo.
-
-    labels: HxW uint8, 1 is the largest region, 0 only outside the photo's extent.
-    proto: 32xH/4xW/4 float16 mask prototypes.  p3: CxH/8xW/8 float16 features of the neck.
-    """
-
-    labels: NDArray[np.uint8]
-    proto: NDArray[np.float16]
-    p3: NDArray[np.float16]
 
 
 def load_segmenter(settings: RegionSettings, device: str | torch.device = "cpu") -> "FastSAM":

@@ -6,8 +6,6 @@ re-score and re-choose without an image passing through CLIP again.
 
 # K ladder strengths, R regions, J region strengths, D embedding, H W pixels
 
-from typing import Protocol
-
 import numpy as np
 import torch
 from torch import Tensor
@@ -15,25 +13,12 @@ from torch.nn import functional as F
 
 from evenlight.stages.pixels import luma, resize, to_float
 from evenlight.stages.priors import tone
+from evenlight.stages.priors.protocols import ClipModel
 from evenlight.stages.settings import LadderSettings
 
 REGION_GROWTH = 1.5  # crop side over region box side
 CLIPPED_HIGH = 254 / 255
 CLIPPED_LOW = 1 / 255
-
-
-class Embedder(Protocol):
-    """CLIP's image side: RGB float B,3,H,W in [0, 1] -> unit embeddings float32 B,D.
-
-    size: side of the square it sees, pixels; tone operators work on copies of that size, since
-    they commute well with shrinking (method.md 4.2).
-    """
-
-    fingerprint: str
-    dim: int
-    size: int
-
-    def embed(self, rgb_B3HW: Tensor) -> Tensor: ...
 
 
 def clipped(rgb_B3HW: Tensor) -> Tensor:
@@ -72,7 +57,7 @@ def region_crop(rgb_13HW: Tensor, mask_HW: Tensor, size: int) -> Tensor:
 
 
 def embed_photo(
-    photo_HW3: np.ndarray, labels_HW: np.ndarray, embedder: Embedder, settings: LadderSettings
+    photo_HW3: np.ndarray, labels_HW: np.ndarray, clip: ClipModel, settings: LadderSettings
 ) -> dict[str, np.ndarray]:
     """The embeddings part of one photo.
 
@@ -80,7 +65,7 @@ def embed_photo(
     Returns the arrays of the part (docs/architecture.md); rows of absent regions are zero.
     """
     rgb = to_float(photo_HW3)
-    small = resize(rgb, embedder.size, embedder.size)
+    small = resize(rgb, clip.size, clip.size)
     rule = float(tone.rule_strength(small, settings.family)[0])
     strengths = rule + torch.tensor(settings.offsets)
     ladder = tone.apply(settings.family, small, strengths.view(-1, 1, 1, 1))
@@ -88,16 +73,14 @@ def embed_photo(
     regions = largest_regions(labels_HW, settings)
     offsets = rule + torch.tensor(settings.region_offsets)
     labels = torch.from_numpy(labels_HW)
-    crops = [region_crop(rgb, labels == label, embedder.size) for label, _ in regions]
+    crops = [region_crop(rgb, labels == label, clip.size) for label, _ in regions]
     shifted = [tone.apply(settings.family, crop, offsets.view(-1, 1, 1, 1)) for crop in crops]
 
-    embeddings = embedder.embed(torch.cat([small, ladder, *shifted])).cpu().numpy()
+    embeddings = clip.embed(torch.cat([small, ladder, *shifted])).cpu().numpy()
     num_ladder = len(settings.offsets)
-    clip_regions = np.zeros(
-        (settings.regions, len(settings.region_offsets), embedder.dim), np.float16
-    )
+    clip_regions = np.zeros((settings.regions, len(settings.region_offsets), clip.dim), np.float16)
     clip_regions[: len(regions)] = embeddings[1 + num_ladder :].reshape(
-        len(regions), len(settings.region_offsets), embedder.dim
+        len(regions), len(settings.region_offsets), clip.dim
     )
     region_labels = np.zeros(settings.regions, np.uint8)
     region_labels[: len(regions)] = [label for label, _ in regions]

@@ -10,13 +10,14 @@ ones, and zero where the photo is exposed as good ones are.
 import hashlib
 import math
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from evenlight.stages.priors.protocols import ClipModel
 from evenlight.stages.settings import PromptSettings
 
 PHRASE = "a photo with"
@@ -34,18 +35,6 @@ GOOD_RULES = (  # mean luma from, to, clipped share below; the first that leaves
     (0.20, 0.75, 0.20),
     (0.00, 1.00, 1.01),
 )
-
-
-class TunableClip(Protocol):
-    """What scoring and tuning ask of a CLIP (see stages/priors/clip.py)."""
-
-    logit_scale: float
-
-    def embed_text(self, texts: list[str]) -> Tensor: ...
-
-    def token_vectors(self, text: str) -> Tensor: ...
-
-    def encode_context(self, context_nME: Tensor, words: list[str]) -> Tensor: ...
 
 
 class Scorer:
@@ -80,7 +69,7 @@ class Scorer:
         return cls(tensors["text"], float(tensors["temperature"][0]))
 
 
-def zero_shot(clip: TunableClip) -> Scorer:
+def zero_shot(clip: ClipModel) -> Scorer:
     """The scorer of the class words alone, at the temperature the CLIP was trained with."""
     text = clip.embed_text([f"{PHRASE} {words}" for words in CLASS_WORDS])
     return Scorer(text, 1 / clip.logit_scale)
@@ -118,7 +107,7 @@ class _Rungs:
         return scale * self.embeddings @ text_3D.T  # (N, J, 3)
 
 
-def tune(clip: TunableClip, ladders: Ladders, settings: PromptSettings) -> TuneResult:
+def tune(clip: ClipModel, ladders: Ladders, settings: PromptSettings) -> TuneResult:
     """Learn the context of the three prompts on the good photos among those cached.
 
     The rungs of a good photo's ladder have a known exposure error e = t / .44 in EV. No image
@@ -215,7 +204,7 @@ def _loss(logits_NJ3: Tensor, ev_NJ: Tensor) -> Tensor:
 
 
 def _learn_context(
-    clip: TunableClip, rungs: _Rungs, settings: PromptSettings, generator: torch.Generator
+    clip: ClipModel, rungs: _Rungs, settings: PromptSettings, generator: torch.Generator
 ) -> tuple[Tensor, list[float]]:
     """Returns the prompts' embeddings 3,D and the mean loss of each epoch."""
     phrase = clip.token_vectors(PHRASE)

@@ -1,0 +1,73 @@
+"""The two frozen models that priors come from, as what uses them sees them.
+
+FastSAM (fastsam.py) and CLIP (clip.py) are such; tests pass toys.
+"""
+
+# B photos, C channels, H W pixels, D embedding, n texts, M context vectors, E token embedding
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Regions:
+    """What the segmenter says of one photo.
+
+    labels: HxW uint8, 1 is the largest region, 0 only outside the photo's extent.
+    proto: 32xH/4xW/4 float16 mask prototypes.  p3: CxH/8xW/8 float16 features of the neck.
+    """
+
+    labels: np.ndarray
+    proto: np.ndarray
+    p3: np.ndarray
+
+
+class Segmenter(Protocol):
+    """Regions and features of photos after the mean-luma rule.
+
+    fingerprint: hex sha256 of what decides its answers.  p3_channels: C of the P3 features.
+    """
+
+    fingerprint: str
+    p3_channels: int
+
+    def segment(self, photo_HW3: np.ndarray) -> Regions:
+        """uint8 sRGB, H and W multiples of 8."""
+        ...
+
+    def features(self, rgb_B3HW: Tensor) -> tuple[Tensor, Tensor]:
+        """float in [0, 1], H and W multiples of 32 -> proto at /4, P3 at /8; differentiable."""
+        ...
+
+
+class ClipModel(Protocol):
+    """Embeds photos and prompts.
+
+    fingerprint: hex sha256 of what decides its answers.  dim: D.  size: side of the square it
+    sees, pixels; tone operators work on copies of that size, since they commute well with
+    shrinking.  logit_scale: what cosines were multiplied by in training.
+    """
+
+    fingerprint: str
+    dim: int
+    size: int
+    logit_scale: float
+
+    def embed(self, rgb_B3HW: Tensor) -> Tensor:
+        """float in [0, 1] -> float32 B,D of unit norm; differentiable."""
+        ...
+
+    def embed_text(self, texts: list[str]) -> Tensor:
+        """-> float32 n,D of unit norm."""
+        ...
+
+    def token_vectors(self, text: str) -> Tensor:
+        """-> M,E: input vectors of the tokens of a text, without start and end."""
+        ...
+
+    def encode_context(self, context_nME: Tensor, words: list[str]) -> Tensor:
+        """n prompts of context vectors before words -> n,D of unit norm; differentiable."""
+        ...
