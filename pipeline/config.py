@@ -12,7 +12,7 @@ from evenlight.cache.schema import PARTS
 from evenlight.stages.settings import Settings
 
 PRESETS: dict[str, dict[str, Any]] = {
-    # The faithful baseline of method.md section 11: global gamma, chosen by the CLIP score.
+    # The faithful baseline (docs/method.md 9): global gamma, chosen by the CLIP score.
     "paper": {
         "ladder.family": "gamma",
         "pseudo_gt.regional": False,

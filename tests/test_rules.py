@@ -1,6 +1,7 @@
 """Static rules: who may import what, nothing that runs foreign code, nothing heavy at start-up."""
 
 import ast
+import re
 import subprocess
 import sys
 import tomllib
@@ -152,3 +153,13 @@ def test_every_package_folder_is_listed_in_pyproject():
     listed = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
     folders = {p.parent.relative_to(ROOT) for p in SOURCES if p.name == "__init__.py"}
     assert set(listed) == {"evenlight", *(f"evenlight.{'.'.join(f.parts)}" for f in folders)}
+
+
+def test_every_page_that_a_comment_cites_is_in_the_repository():
+    cited = {
+        (path.relative_to(ROOT).as_posix(), page)
+        for path in (*SOURCES, *(ROOT / "recipes").rglob("*.py"))
+        for page in re.findall(r"[\w./-]+\.md\b", path.read_text(encoding="utf-8"))
+    }
+    assert ("stages/corrector/network.py", "docs/method.md") in cited
+    assert [one for one in sorted(cited) if not (ROOT / one[1]).is_file()] == []

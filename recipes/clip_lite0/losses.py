@@ -41,7 +41,7 @@ def contrastive(
 def exposure_losses(
     image_BD: Tensor, prompts_3WD: Tensor, ev_B: Tensor, scale: Tensor, versions: int
 ) -> dict[str, Tensor]:
-    """Cross-entropy, regression and ranking of d, and the peak of normal at 0 (method.md 5)."""
+    """Cross-entropy, regression, ranking of d, the peak of normal at 0 (docs/method.md 4)."""
     logits_BW3 = scale * torch.einsum("bd,cwd->bwc", image_BD, prompts_3WD)
     pooled = F.normalize(prompts_3WD.mean(1), dim=-1)
     logits_BW3 = torch.cat([logits_BW3, scale * (image_BD @ pooled.T)[:, None]], 1)

@@ -131,7 +131,7 @@ def re_exposed(rgb: NDArray, ev: float, random: np.random.Generator) -> NDArray[
 
 
 def film_rule(rgb: NDArray[np.float32]) -> NDArray[np.float32]:
-    """The photo on the `film` curve (method.md 4.1) that brings its mean luma to 119/255."""
+    """The photo on the `film` curve (docs/method.md 1) that brings its mean luma to 119/255."""
     small = rgb[::4, ::4]
     low, high = -2.2, 2.2
     for _ in range(10):

@@ -1,6 +1,6 @@
 """The building blocks of the corrector: semantic fusion and residual spatial-Mamba groups.
 
-Method.md 3.3 and 3.4. Images are kept in channels-last memory, so that a normalisation over
+docs/method.md 6. Images are kept in channels-last memory, so that a normalisation over
 channels, a 1x1 convolution and the scan all read the same layout without a copy.
 """
 

@@ -1,7 +1,7 @@
 """What the corrector sees of a photo, the same in training and when correcting.
 
 FastSAM features come from the photo after the mean-luma rule, since dark photos give poor
-masks (method.md 3.1); photo and features are then brought to the working size together.
+masks (docs/method.md 2); photo and features are then brought to the working size together.
 """
 
 # B batch, H W pixels, h w feature cells

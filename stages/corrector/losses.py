@@ -1,4 +1,4 @@
-"""Training losses (method.md 6) and the one-time calibration of their shares.
+"""Training losses (docs/method.md 7) and the one-time calibration of their shares.
 
 Every part is a mean that is 0 when the output is what it should be, finite on any photo.
 """
@@ -19,7 +19,7 @@ from evenlight.stages.settings import LossSettings
 Features = Callable[[Tensor], tuple[Tensor, Tensor]]  # rgb B,3,H,W in [0, 1] -> proto, p3
 Logits = Callable[[Tensor], Tensor]  # rgb B,3,H,W in [0, 1] -> B,3 (under, normal, over)
 
-# Weights until the shares are calibrated (method.md 6; identity and consistency inferred).
+# Until the shares are calibrated: parts of like size.
 START_WEIGHTS = {
     "data": 1.0,
     "colour": 0.2,

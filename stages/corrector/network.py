@@ -1,6 +1,6 @@
 """The corrector: a U-Net of SIMR blocks that predicts how to re-expose a photo.
 
-Method.md 3. Untrained it is the identity: both heads end in zero-initialised layers.
+docs/method.md 6. Untrained it is the identity: both heads end in zero-initialised layers.
 """
 
 # B batch, C channels, H W pixels of the photo, h w of a feature map
@@ -16,7 +16,7 @@ from evenlight.stages.pixels import luma
 from evenlight.stages.priors import meter, tone
 from evenlight.stages.settings import SIZES, NetworkSettings
 
-MAX_STRENGTH = 2.2  # |t| never exceeds it (method.md 4.1)
+MAX_STRENGTH = 2.2  # |t| never exceeds it
 MAX_RESIDUAL = 0.1  # the most of its own content that the tone head adds
 PROTO_CHANNELS = 32  # FastSAM mask prototypes
 SMALL_SIDE = 32  # side of the copy that global statistics are taken from, pixels
@@ -171,8 +171,8 @@ class ToneHead(nn.Module):
 class GlobalStrength(nn.Module):
     """One strength (before tanh) for the whole photo, so that the map answers for space and colour.
 
-    Brightness decides most of PSNR (method.md 4.5). From pooled bottom features and statistics of
-    the photo, among them the strength that the meter asks for: the meter is one weight away.
+    Brightness decides most of PSNR. From pooled bottom features and statistics of the photo, among
+    them the strength that the meter asks for: the meter is one weight away.
     """
 
     def __init__(self, channels: int, family: str) -> None:

@@ -1,4 +1,4 @@
-"""Prompts that judge exposure: the scorer, and its tuning from cached embeddings (method.md 5).
+"""Prompts that judge exposure: the scorer, its tuning from cached embeddings (docs/method.md 4).
 
 Three prompts (underexposed, well-exposed, overexposed) turn an embedding into three logits. The
 exposure coordinate d = logit_over - logit_under is negative for dark photos, positive for bright

@@ -2,9 +2,9 @@
 
 The meter and CLIP say together whether a photo needs correcting at all.  The strength is a mix of
 what the meter asks for and of where the exposure coordinate d = logit_over - logit_under crosses
-zero on the tone ladder (method.md 4.2); the highest "well-exposed" probability stops too early and
-only breaks ties (4.5).  Regions then move towards their own strength as far as the scores vouch for
-it and the order of brightness allows (4.3). No image passes through a network of the priors here.
+zero on the tone ladder (docs/method.md 5); the highest "well-exposed" probability stops too early
+and only breaks ties.  Regions then move towards their own strength as far as the scores vouch for
+it and the order of brightness allows. No image passes through a network of the priors here.
 """
 
 # K ladder strengths, R regions, J region strengths, D embedding, H W pixels

@@ -64,7 +64,7 @@ def region_map(
     areas_K = np.count_nonzero(masks_KHW, axis=(1, 2))
     kept = _worth_keeping(masks_KHW, scores_K, areas_K, least)
     labels = np.zeros((height, width), np.int64)
-    # Largest first, so that an object stays visible on what it stands on (method.md 4.3).
+    # Largest first, so that an object stays visible on what it stands on (docs/method.md 2).
     for number, mask in enumerate(sorted(kept, key=lambda mask: -areas_K[mask]), start=1):
         labels[masks_KHW[mask]] = number
     covered = np.count_nonzero(labels) / labels.size

@@ -1,5 +1,5 @@
 """One strength per region: towards its own as far as the scores vouch for it, in order of
-brightness (method.md 4.3).
+brightness (docs/method.md 5).
 """
 
 # R regions, J region strengths, H W pixels

@@ -1,4 +1,4 @@
-"""How CLIP's answers on the tone ladder become a score and a strength (method.md 4.2)."""
+"""How CLIP's answers on the tone ladder become a score and a strength (docs/method.md 5)."""
 
 # K ladder strengths
 

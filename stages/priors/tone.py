@@ -2,7 +2,7 @@
 
 t > 0 brightens, t < 0 darkens, t = 0 is the identity; monotone in the pixel value and in t (`ev`
 in t only to 4e-4, a tenth of an 8-bit level, where its shoulder sets in at white). Formulas:
-method.md 4.1, computed in float32 (or float64 when given it), also under autocast.
+docs/method.md 1, computed in float32 (or float64 when given it), also under autocast.
 """
 
 # B batch, C channels, H W pixels
@@ -19,7 +19,7 @@ EV_PER_STRENGTH = 1.6  # of the family `ev`
 END = 1e-4  # each curve is a chord over the last END of either side, where slopes run to infinity
 CLIPPED_WHITE = 1 / 510  # half an 8-bit step: how far below white a clipped value may lie
 MAX_RULE_STRENGTH = 3.0
-RULE_TARGET = 119 / 255  # mean luma the rule aims at; best of a sweep on real brackets (method.md)
+RULE_TARGET = 119 / 255  # mean luma the rule aims at; best of a sweep on real brackets
 
 
 def apply(family: str, x: Tensor, t: Tensor | float) -> Tensor:
