@@ -92,11 +92,11 @@ def force_tuned_prompts(work: Path, store: Path, settings: Settings) -> None:
     user want to: hence the package's own parts.
     """
     clip = load_models(settings).clip
-    with Store.open(store) as source:
-        result = tune(clip, prompts._ladders(source, settings), settings.prompts)
-    if "last_loss" not in result.report:
-        raise UsageError(f"no prompts were tuned on {store}: {result.report['reason']}")
-    prompts._write(store, result.scorer, clip, tuned=True)
+    with Store.create_or_open(store) as target:
+        result = tune(clip, prompts.ladders(target, settings), settings.prompts)
+        if "last_loss" not in result.report:
+            raise UsageError(f"no prompts were tuned on {store}: {result.report['reason']}")
+        prompts.write_prompts(target, result.scorer, clip, tuned=True)
     print(f"tuned prompts, accepted: {result.accepted}: {result.report}", flush=True)
 
 

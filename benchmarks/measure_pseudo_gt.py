@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from evenlight.cache.store import Store
 from evenlight.pipeline.models import Models, load_models
 from evenlight.pipeline.prompts import store_scorer
 from evenlight.stages.corrector.inputs import rule_corrected
@@ -67,7 +68,8 @@ def main() -> None:
     models = load_models(Settings())
     scorers = {"": zero_shot(models.clip)}
     if arguments.store:
-        scorers[", tuned prompts"] = store_scorer(arguments.store, None)
+        with Store.open(arguments.store) as store:
+            scorers[", tuned prompts"] = store_scorer(store, None)
     methods = all_methods(scorers)
     cases = list(read_triplets(models, arguments.triplets))
     report(f"{arguments.triplets.name}", cases, methods)

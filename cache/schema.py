@@ -138,6 +138,10 @@ class PartRecord:
     fingerprint: str
     arrays: dict[str, StoredArray]
     software: dict[str, str] = dataclasses.field(default_factory=dict)  # package -> version
+    notes: tuple[str, ...] = ()  # names of notes that it was made by
+
+    def __post_init__(self) -> None:
+        assert all(isinstance(name, str) and name.isidentifier() for name in self.notes), self.notes
 
 
 @dataclass(frozen=True)
@@ -190,6 +194,7 @@ class UnitRecord:
                             for array, entry in part["arrays"].items()
                         },
                         software=part["software"],
+                        notes=tuple(part.get("notes", ())),
                     )
                     for name, part in document["parts"].items()
                 },
@@ -200,12 +205,13 @@ class UnitRecord:
 
 @dataclass(frozen=True)
 class Damage:
-    """Something `Store.verify` found. part and array are "" where a record or index is hit."""
+    """Something `Store.verify` found. part and array are "" where another file is hit."""
 
     unit: int | None  # None: a file of the whole store
     part: str
     array: str
     reason: str
+    note: str = ""  # the note that is damaged or missing
 
 
 def check_schema(found: Any, what: str) -> None:

@@ -14,7 +14,7 @@ from typing import Any, Self
 
 import numpy as np
 
-from evenlight.cache import bookkeeping, files, schema, shards
+from evenlight.cache import files, records, schema, shards
 from evenlight.cache.errors import StoreError
 from evenlight.cache.schema import (
     ArraySpec,
@@ -25,11 +25,14 @@ from evenlight.cache.schema import (
     StoredArray,
     UnitRecord,
 )
-from evenlight.cache.summary import content_digest, summarise, usable_slots
 
 PartData = tuple[str, Mapping[str, np.ndarray]]  # fingerprint, array name -> rows of the unit
 
 _CURE = "run `evenlight precompute` on the store to remake it"
+_REPAIR = (
+    "'evenlight cache verify --repair' forgets it and what was made by it, 'evenlight precompute' "
+    "then remakes that"
+)
 
 
 class Store:
@@ -44,28 +47,24 @@ class Store:
         self._trusted: set[tuple[str, int]] = set()  # (array, unit) whose digest was checked
 
     @classmethod
-    def create_or_open(
-        cls, path: str | Path, *, unit_size: int = 32, writable: bool = True
-    ) -> Self:
+    def create_or_open(cls, path: str | Path, *, unit_size: int = 32) -> Self:
         """The store at path, made if there is none; the one writing run until it is closed.
 
         unit_size counts only for a new store. Litter of killed runs is removed, and a damaged
         index is rebuilt from the records. Raises StoreError where another run writes to the
         store, the folder holds something else, or a newer evenlight made it.
         """
-        if not writable:
-            return cls.open(path)
         path = Path(path).absolute()
-        if path.exists() and not bookkeeping.may_become_store(path):
+        if path.exists() and not records.may_become_store(path):
             raise StoreError(f"{path} holds something else than a store: name a new folder")
         try:
-            files.make_folder(bookkeeping.units_folder(path))
-            lock = files.Lock(bookkeeping.lock_path(path), f"store {path}")
+            files.make_folder(records.units_folder(path))
+            lock = files.Lock(records.lock_path(path), f"store {path}")
             lock.__enter__()
             try:
                 files.clean_temporaries(path)
-                bookkeeping.write_groups(path)
-                index = bookkeeping.read_or_recover_index(path, unit_size)
+                records.write_groups(path)
+                index = records.read_or_recover_index(path, unit_size)
             except BaseException:
                 lock.__exit__(None, None, None)
                 raise
@@ -79,12 +78,12 @@ class Store:
         path = Path(path).absolute()
         if not path.is_dir():
             raise StoreError(f"there is no store at {path}: `evenlight precompute` makes one")
-        if not bookkeeping.units_folder(path).is_dir():
+        if not records.units_folder(path).is_dir():
             raise StoreError(f"{path} is not a store of evenlight: name another folder")
         try:
-            for reason in bookkeeping.group_damages(path):
+            for reason in records.group_damages(path):
                 raise StoreError(reason)
-            index = Index.from_json(files.read_json(bookkeeping.index_path(path)))
+            index = Index.from_json(files.read_json(records.index_path(path)))
         except StoreError as error:
             raise StoreError(f"store {path}: {error}; {_CURE}") from error
         return cls(path, index, lock=None, token="")
@@ -96,7 +95,7 @@ class Store:
         It stops writing, by StoreError, once that run no longer holds it.
         """
         store = cls.open(path)
-        store._token = files.read_token(bookkeeping.lock_path(store.path))
+        store._token = files.read_token(records.lock_path(store.path))
         if not store._token:
             raise StoreError(f"store {store.path} is not being written to by any run")
         return store
@@ -129,7 +128,7 @@ class Store:
                 f"{index.unit_size}: the unit size is fixed when a store is made"
             )
         with self._writing("the index"):
-            files.write_json(bookkeeping.index_path(self.path), index.to_json())
+            files.write_json(records.index_path(self.path), index.to_json())
         self.index = index
 
     def ensure_arrays(self, specs: Sequence[ArraySpec]) -> None:
@@ -156,12 +155,18 @@ class Store:
         self._trusted.clear()
 
     def write_parts(
-        self, unit: int, photos: Sequence[PhotoRecord], parts: Mapping[str, PartData]
+        self,
+        unit: int,
+        photos: Sequence[PhotoRecord],
+        parts: Mapping[str, PartData],
+        *,
+        notes: Mapping[str, Sequence[str]] | None = None,
     ) -> UnitRecord:
         """Write whole parts of a unit and commit them; returns the new record.
 
         photos: what became of each slot, unit_size of them. parts: part -> (fingerprint,
-        {array: rows}), rows with leading axis unit_size, every array of the part. Earlier parts
+        {array: rows}), rows with leading axis unit_size, every array of the part. notes: part ->
+        names of the notes it was made by, without which it counts as damaged. Earlier parts
         of the unit stay if its photos are the same bytes, later ones are dropped. Raises
         StoreError where the disk is full or the earlier parts are not there.
         """
@@ -181,16 +186,19 @@ class Store:
         self._distrust(unit)
         with self._writing(f"unit {unit}"):
             if before is not None and kept != before.parts:
-                bookkeeping.write_record(self.path, UnitRecord(unit, before.photos, kept))
+                records.write_record(self.path, UnitRecord(unit, before.photos, kept))
             written = {
                 part: PartRecord(
-                    fingerprint, self._write_arrays(unit, part, arrays), bookkeeping.software()
+                    fingerprint,
+                    self._write_arrays(unit, part, arrays),
+                    records.software(),
+                    tuple((notes or {}).get(part, ())),
                 )
                 for part, (fingerprint, arrays) in parts.items()
             }
             self._check_holder()  # else a run that took over could meet our shards
             record = UnitRecord(unit, tuple(photos), kept | written)
-            bookkeeping.write_record(self.path, record)
+            records.write_record(self.path, record)
         return record
 
     def drop(self, unit: int, part: str) -> None:
@@ -199,14 +207,51 @@ class Store:
         if record is not None and part in record.parts:
             self._distrust(unit)
             with self._writing(f"unit {unit}"):
-                bookkeeping.write_record(self.path, record.without(part))
+                records.write_record(self.path, record.without(part))
+
+    def write_note(self, name: str, note: records.Note) -> None:
+        """Keep a small named document of JSON values and arrays: what parts are made by."""
+        with self._writing(f"note {name}"):
+            records.write_note(self.path, name, note)
+
+    def forget_note(self, name: str) -> None:
+        """Remove a note, whole or damaged, and first the parts that were made by it."""
+        for record in self.records():
+            for part in schema.PARTS:
+                if part in record.parts and name in record.parts[part].notes:
+                    self.drop(record.unit, part)
+                    break
+        with self._writing(f"note {name}"):
+            path = records.note_path(self.path, name)
+            if path.exists():
+                path.unlink()
+                files.sync_folder(path.parent)
 
     # Reading
+
+    def note(self, name: str) -> dict[str, Any] | None:
+        """A note as it was written; None where there is none and no part was made by one.
+
+        Raises StoreError where it is damaged, or missing and a record names it.
+        """
+        if name in records.note_names(self.path):
+            try:
+                return records.read_note(self.path, name)
+            except StoreError as error:
+                raise StoreError(f"store {self.path}: {error}; {_REPAIR}") from error
+        for damage in records.note_damages(self.path, self.records()):
+            if damage.note == name:
+                raise StoreError(f"store {self.path}: {damage.reason}; {_REPAIR}")
+        return None
+
+    def notes(self) -> list[str]:
+        """Names of the notes that are there, damaged ones too."""
+        return records.note_names(self.path)
 
     def record(self, unit: int) -> UnitRecord | None:
         """The record of a unit; None where it is missing, damaged or another unit's."""
         try:
-            return bookkeeping.read_record(self.path, unit, self.index.unit_size)
+            return records.read_record(self.path, unit, self.index.unit_size)
         except StoreError:
             return None
 
@@ -235,22 +280,23 @@ class Store:
 
     def slots(self, part: str) -> list[int]:
         """Slots of usable photos: status ok, named by the index, in a unit that holds part."""
-        return usable_slots(self.index, self.records(), part)
+        return records.usable_slots(self.index, self.records(), part)
 
     def info(self) -> dict[str, Any]:
-        """Counts, sizes and fingerprints, as JSON values (keys: see `summary.summarise`)."""
-        return {"path": str(self.path), **summarise(self.index, self.records())}
+        """Counts, sizes and fingerprints, as JSON values (keys: see `records.summarise`)."""
+        return {"path": str(self.path), **records.summarise(self.index, self.records())}
 
     def digest(self) -> str:
         """One sha256 of all content: equal for any order, worker count and history of kills."""
-        return content_digest(self.index, self.records())
+        return records.content_digest(self.index, self.records())
 
     def verify(self) -> list[Damage]:
         """Check every byte of every part against its record, and the store's own files.
 
-        To repair: `drop` what names a unit and a part, then precompute remakes it and the rest.
+        To repair: `drop` what names a unit and a part, `forget_note` what names a note, then
+        precompute remakes it and the rest.
         """
-        damages = [Damage(None, "", "", reason) for reason in bookkeeping.group_damages(self.path)]
+        damages = [Damage(None, "", "", reason) for reason in records.group_damages(self.path)]
         arrays = {
             name for record in self.records() for p in record.parts.values() for name in p.arrays
         }
@@ -259,23 +305,24 @@ class Store:
                 shards.read_document(self.path / name)
             except StoreError as error:
                 damages.append(Damage(None, "", name, str(error)))
+        damages += records.note_damages(self.path, self.records())
         for unit in range(self.index.num_units):
             damages += self.verify_unit(unit)
         return damages
 
     def verify_unit(self, unit: int) -> list[Damage]:
         """What is damaged in one unit. A unit without a record is not made yet: no damage."""
-        if not bookkeeping.record_path(self.path, unit).exists():
+        if not records.record_path(self.path, unit).exists():
             return []
         try:
-            record = bookkeeping.read_record(self.path, unit, self.index.unit_size)
+            record = records.read_record(self.path, unit, self.index.unit_size)
         except StoreError as error:
             return [Damage(unit, "", "", str(error))]
         damages = []
         for part, entry in record.parts.items():
             for name, stored in entry.arrays.items():
                 try:
-                    bookkeeping.check_bytes(self.path, unit, name, stored)
+                    records.check_bytes(self.path, unit, name, stored)
                 except StoreError as error:
                     damages.append(Damage(unit, part, name, str(error)))
         return damages
@@ -297,7 +344,7 @@ class Store:
 
     def _check_holder(self) -> None:
         assert self._token, "this store was opened for reading"
-        if files.read_token(bookkeeping.lock_path(self.path)) != self._token:
+        if files.read_token(records.lock_path(self.path)) != self._token:
             raise StoreError(f"store {self.path} was taken over by another run: this one stops")
 
     def _distrust(self, unit: int) -> None:
@@ -331,7 +378,7 @@ class Store:
                 if part in record.parts:
                     arrays = record.parts[part].arrays
                     if {k: (v.shape, v.dtype) for k, v in arrays.items()} != wanted[part]:
-                        bookkeeping.write_record(self.path, record.without(part))
+                        records.write_record(self.path, record.without(part))
                         break
 
     def _write_arrays(
@@ -360,7 +407,7 @@ class Store:
 
     def _check(self, unit: int, name: str, reader: shards.ArrayReader) -> None:
         try:
-            record = bookkeeping.read_record(self.path, unit, self.index.unit_size)
+            record = records.read_record(self.path, unit, self.index.unit_size)
             stored = record.array(name)
             if stored is None:
                 raise StoreError(f"array {name!r} of unit {unit} is not made yet")
@@ -371,6 +418,6 @@ class Store:
                     f"array {name!r} of unit {unit} is {stored.dtype} {stored.shape}, "
                     f"but its zarr.json is of {num_slots} slots of {reader.dtype} {tuple(shape)}"
                 )
-            bookkeeping.check_bytes(self.path, unit, name, stored)
+            records.check_bytes(self.path, unit, name, stored)
         except StoreError as error:
             raise StoreError(f"store {self.path}: {error}; {_CURE}") from error

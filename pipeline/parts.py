@@ -22,6 +22,7 @@ from evenlight.stages.priors.pseudo_gt import Scorer, choose
 from evenlight.stages.settings import Settings
 
 Arrays = dict[str, np.ndarray]
+PROMPTS = "prompts"  # the note that holds them (pipeline/prompts.py)
 FILE = "file"  # what the first part reads: no array, but the photo's name and bytes
 
 
@@ -103,13 +104,15 @@ def canvas(
 @dataclass(frozen=True)
 class Part:
     """reads: what `make` gets of one photo, cut to its extent (which every part but the first may
-    rely on).  by: whose fingerprint counts: a model, or the judge (prompts and meter)."""
+    rely on).  by: whose fingerprint counts: a model, or the judge (prompts and meter).  notes: of
+    the store, that the judge is kept in."""
 
     name: str
     reads: tuple[str, ...]
     by: str
     make: Callable[[Mapping[str, Any], Tools], Mapping[str, np.ndarray]]
     arrays: tuple[Array, ...]
+    notes: tuple[str, ...] = ()
 
     def specs(self, sizes: Mapping[str, int]) -> list[ArraySpec]:
         return [array.spec(self.name, sizes) for array in self.arrays]
@@ -173,7 +176,7 @@ PARTS = (
     Part("pseudo_gt", reads=(
         "photo", "regions", "clip_photo", "clip_ladder", "clip_regions", "region_labels",
         "rule_strength", "ladder_clipped", "clipped",
-    ), by="judge", make=_pseudo_gt, arrays=(
+    ), by="judge", notes=(PROMPTS,), make=_pseudo_gt, arrays=(
         value("scores", "float32", "K", 3),
         value("strength", "float32"),
         value("region_strengths", "float32", "R"),

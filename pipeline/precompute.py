@@ -14,9 +14,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from evenlight.cache.errors import PhotoError, StoreError, UsageError
-from evenlight.cache.files import sha256_bytes, sync_folder
+from evenlight.cache.files import sha256_bytes
 from evenlight.cache.schema import EMPTY_SLOT, FAILED, Index, PhotoRecord
-from evenlight.cache.shards import OURS
 from evenlight.cache.store import Store
 from evenlight.pipeline import config, schedule
 from evenlight.pipeline.console import Progress, silent
@@ -29,6 +28,7 @@ from evenlight.stages.photos.find import PhotoSource, also_there, find_photos
 from evenlight.stages.settings import Settings
 
 log = logging.getLogger(__name__)
+ROUND = "round"  # the note of an older evenlight
 
 
 @dataclass(kw_only=True)
@@ -73,7 +73,7 @@ def precompute(
             on_progress("photos read", done, len(sources))
         injected, models = models, models or load_models(settings)
         _write_index(target, target.index.updated(sources), settings, photos)
-        tools = Tools(settings, models, store_scorer(target.path, models.clip))
+        tools = Tools(settings, models, store_scorer(target, models.clip))
         sides = sizes(settings, models)
         target.ensure_arrays([spec for part in PARTS for spec in part.specs(sides)])
         _forget_round(target)
@@ -105,7 +105,7 @@ def regenerate(store: Path, *, settings: Settings, on_progress: Progress = silen
     started = time.monotonic()
     with Store.create_or_open(store) as target:
         _refuse_other_changes(target, settings)
-        tools = Tools(settings, None, store_scorer(target.path, None))
+        tools = Tools(settings, None, store_scorer(target, None))
         plans = [_regenerate_plan(target, unit, tools) for unit in range(target.index.num_units)]
         _forget_round(target)
         _write_index(target, target.index, settings, Path(target.index.source))
@@ -152,15 +152,13 @@ def _forget_round(store: Store) -> None:
 
     What they chose is stale by its fingerprint, so the run that forgets them remakes it.
     """
-    note = store.path / OURS / "round.json"
-    if note.exists():
+    if ROUND in store.notes():
         log.warning(
             "a corrector proposed pseudo-GT of store %s, which evenlight no longer does (it gained "
             "too little): what it proposed is made anew",
             store.path,
         )
-        note.unlink()
-        sync_folder(note.parent)
+        store.forget_note(ROUND)
 
 
 def _regenerate_plan(store: Store, unit: int, tools: Tools) -> UnitPlan:

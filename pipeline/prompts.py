@@ -8,10 +8,8 @@ import numpy as np
 import torch
 
 from evenlight.cache.errors import StoreError
-from evenlight.cache.files import read_json, write_json
-from evenlight.cache.shards import OURS
 from evenlight.cache.store import Store
-from evenlight.pipeline.parts import TUNING
+from evenlight.pipeline.parts import PROMPTS, TUNING
 from evenlight.stages.priors.clip import load_clip
 from evenlight.stages.priors.prompts import Ladders, Scorer, tune, zero_shot
 from evenlight.stages.priors.protocols import ClipModel
@@ -25,20 +23,21 @@ class TuneReport:
     prompts: str  # fingerprint of the prompts now in force
 
 
-def store_scorer(path: Path, clip: ClipModel | None) -> Scorer:
+def store_scorer(store: Store, clip: ClipModel | None) -> Scorer:
     """The scorer of a store.  With clip given, prompts of another CLIP give way to untuned ones.
 
-    path: the store.  Raises StoreError where there are no prompts and no clip to make them with.
+    Raises StoreError where the prompts are damaged, or missing though pseudo-GT was made by them,
+    or where there are none and no clip to make them with.
     """
-    file = _path(path)
-    if file.exists():
-        found = read_json(file)
-        if clip is None or found["clip"] == clip.fingerprint:
-            return _scorer(found)
+    found = store.note(PROMPTS)
+    if found is not None and (clip is None or found["clip"] == clip.fingerprint):
+        return _scorer(store, found)
     if clip is None:
-        raise StoreError(f"store {path} has no prompts: run 'evenlight precompute' to make them")
+        raise StoreError(
+            f"store {store.path} has no prompts: run 'evenlight precompute' to make them"
+        )
     scorer = zero_shot(clip)
-    _write(path, scorer, clip, tuned=False)
+    write_prompts(store, scorer, clip, tuned=False)
     return scorer
 
 
@@ -50,46 +49,47 @@ def tune_clip(store: Path, *, settings: Settings, clip: ClipModel | None = None)
     """
     clip = clip or load_clip(settings.clip, "cpu")
     with Store.create_or_open(store) as target:
-        result = tune(clip, _ladders(target, settings), settings.prompts)
+        result = tune(clip, ladders(target, settings), settings.prompts)
         if result.accepted:
-            _write(target.path, result.scorer, clip, tuned=True)
-        now = store_scorer(target.path, clip)
+            write_prompts(target, result.scorer, clip, tuned=True)
+        now = store_scorer(target, clip)
     return TuneReport(accepted=result.accepted, figures=result.report, prompts=now.fingerprint)
 
 
-def prompts_info(path: Path) -> dict[str, Any]:
+def prompts_info(store: Store) -> dict[str, Any]:
     """Which prompts a store holds: their fingerprint, whether tuned, for which CLIP."""
-    if not _path(path).exists():
+    found = store.note(PROMPTS)
+    if found is None:
         return {"fingerprint": "", "tuned": False, "clip": ""}
-    found = read_json(_path(path))
-    return {
-        "fingerprint": _scorer(found).fingerprint,
-        "tuned": found["tuned"],
-        "clip": found["clip"],
-    }
+    scorer = _scorer(store, found)
+    return {"fingerprint": scorer.fingerprint, "tuned": found["tuned"], "clip": found["clip"]}
 
 
-def _path(store: Path) -> Path:
-    return store / OURS / "prompts.json"
-
-
-def _scorer(document: dict[str, Any]) -> Scorer:
-    text = torch.tensor(document["text"], dtype=torch.float32)
-    return Scorer(text, document["temperature"])
-
-
-def _write(path: Path, scorer: Scorer, clip: ClipModel, *, tuned: bool) -> None:
-    """One small file, replaced whole: float32 survives JSON exactly."""
-    document = {
-        "text": scorer.text_3D.tolist(),
+def write_prompts(store: Store, scorer: Scorer, clip: ClipModel, *, tuned: bool) -> None:
+    """Put prompts in force.  clip: the one that they were embedded by."""
+    note = {
+        "text": scorer.text_3D.numpy(),
         "temperature": scorer.temperature,
         "clip": clip.fingerprint,
         "tuned": tuned,
     }
-    write_json(_path(path), document)
+    store.write_note(PROMPTS, note)
 
 
-def _ladders(store: Store, settings: Settings) -> Ladders:
+def _scorer(store: Store, note: dict[str, Any]) -> Scorer:
+    try:
+        text = torch.as_tensor(note["text"], dtype=torch.float32)
+        if text.ndim != 2 or not text.isfinite().all():
+            raise ValueError(f"no embeddings of three texts: shape {tuple(text.shape)}")
+        return Scorer(text, float(note["temperature"]))
+    except (KeyError, TypeError, ValueError, AssertionError) as error:
+        raise StoreError(
+            f"the prompts of store {store.path} cannot be used ({error!r}): "
+            "'evenlight tune-clip' makes others"
+        ) from error
+
+
+def ladders(store: Store, settings: Settings) -> Ladders:
     """Cached embeddings of every usable photo."""
     slots = store.slots("embeddings")
     if not slots:

@@ -30,7 +30,7 @@ def cache_info(
         for part in PARTS:
             arrays = {array.name: array.describe(letters) for array in part.arrays}
             info["parts"][part.name] |= {"reads": list(part.reads), "arrays": arrays}
-        info["prompts"] = prompts_info(source.path)
+        info["prompts"] = prompts_info(source)
         try:
             makers = made_by(load_models(settings), info["prompts"]["fingerprint"])
         except EnvironmentLacks as error:
@@ -42,13 +42,15 @@ def cache_info(
 
 
 def cache_verify(store: Path, *, repair: bool = False) -> list[Damage]:
-    """Check every stored byte against its record.  repair: forget damaged parts, so that
-    `evenlight precompute` remakes exactly them."""
+    """Check every stored byte against its record.  repair: forget damaged parts, and
+    damaged notes with the parts made by them, so that `evenlight precompute` remakes just those."""
     opened = Store.create_or_open(store) if repair and store.is_dir() else Store.open(store)
     with opened as source:
         damages = source.verify()
         if repair:
             for damage in damages:
-                if damage.unit is not None and damage.part:
+                if damage.note:
+                    source.forget_note(damage.note)
+                elif damage.unit is not None and damage.part:
                     source.drop(damage.unit, damage.part)
     return damages

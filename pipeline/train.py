@@ -45,7 +45,7 @@ def train(
     device = choose_device(settings.run.device)
     models = models or load_models(settings)
     with Store.open(store) as source:
-        scorer = store_scorer(source.path, None)
+        scorer = store_scorer(source, None)
         refuse_stale(source, settings, models, scorer.fingerprint)
         data = load_data(source, settings.train.size, device, on_progress)
         digest = source.digest()

@@ -39,7 +39,10 @@ def make_unit(
         made[part.name], photos = _make_part(part, have, photos, sources, tools)
         have |= made[part.name]
     store.write_parts(
-        plan.unit, photos, {part: (plan.fingerprints[part], made[part]) for part in plan.todo}
+        plan.unit,
+        photos,
+        {part: (plan.fingerprints[part], made[part]) for part in plan.todo},
+        notes={part.name: part.notes for part in todo},
     )
 
 
@@ -66,7 +69,7 @@ def make_unit_in_worker(task: UnitTask, settings: Settings) -> UnitTask:
             store,
             task.plan,
             task.sources,
-            Tools(settings, models, store_scorer(task.store, models.clip)),
+            Tools(settings, models, store_scorer(store, models.clip)),
         )
     return task
 

@@ -12,7 +12,7 @@ from evenlight.cache.errors import StoreError
 from evenlight.cache.files import write_json
 from evenlight.cache.schema import PARTS, parts_from
 from evenlight.cache.store import Store
-from evenlight.pipeline import config
+from evenlight.pipeline import config, prompts
 from evenlight.pipeline.models import Models
 from evenlight.pipeline.plan import plan_unit
 from evenlight.pipeline.precompute import precompute, regenerate
@@ -231,7 +231,8 @@ def test_pseudo_gt_of_a_round_of_an_older_version_is_told_of_and_made_anew(
 
 def test_prompts_that_fail_their_check_leave_the_former_ones(finished, tmp_path):
     store = copy(finished, tmp_path)
-    before = store_scorer(store, None).fingerprint
+    with Store.open(store) as opened:
+        before = store_scorer(opened, None).fingerprint
     strict = config.build(overrides=[*SMALL, "prompts.min_accuracy=1.1"])
     report = tune_clip(store, settings=strict, clip=TunableToy())
     assert not report.accepted
@@ -312,9 +313,8 @@ def np_tensor(rows):
 
 
 def write_prompts(store, scorer) -> None:
-    from evenlight.pipeline import prompts
-
-    prompts._write(store, scorer, ToyClip(), tuned=True)
+    with Store.create_or_open(store) as opened:
+        prompts.write_prompts(opened, scorer, ToyClip(), tuned=True)
 
 
 class TunableToy(ToyClip):

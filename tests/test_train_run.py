@@ -31,7 +31,7 @@ def store(tmp_path_factory):
 
 
 def prompts(store) -> str:
-    return store_scorer(store.path, None).fingerprint
+    return store_scorer(store, None).fingerprint
 
 
 def test_a_fresh_store_is_accepted(store):
