@@ -18,7 +18,8 @@ from evenlight.stages.corrector.inputs import rule_corrected
 from evenlight.stages.photos.canvas import place
 from evenlight.stages.photos.decode import decode
 from evenlight.stages.priors.ladder import embed_photo
-from evenlight.stages.priors.pseudo_gt import Scorer, choose
+from evenlight.stages.priors.protocols import Judge
+from evenlight.stages.priors.pseudo_gt import choose
 from evenlight.stages.settings import Settings
 
 Arrays = dict[str, np.ndarray]
@@ -32,7 +33,7 @@ class Tools:
 
     settings: Settings
     models: Models | None
-    scorer: Scorer
+    scorer: Judge
 
 
 @dataclass(frozen=True)

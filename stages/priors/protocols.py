@@ -1,6 +1,6 @@
-"""The two frozen models that priors come from, as what uses them sees them.
+"""The frozen models that priors come from, and the judge of exposure, as what uses them sees them.
 
-FastSAM (fastsam.py) and CLIP (clip.py) are such; tests pass toys.
+FastSAM (fastsam.py), CLIP (clip.py) and prompts (prompts.py) are such; tests pass toys.
 """
 
 # B photos, C channels, H W pixels, D embedding, n texts, M context vectors, E token embedding
@@ -70,4 +70,17 @@ class ClipModel(Protocol):
 
     def encode_context(self, context_nME: Tensor, words: list[str]) -> Tensor:
         """n prompts of context vectors before words -> n,D of unit norm; differentiable."""
+        ...
+
+
+class Judge(Protocol):
+    """Says of embeddings how photos are exposed.
+
+    fingerprint: hex sha256 of what decides its answers.
+    """
+
+    fingerprint: str
+
+    def logits(self, embedding_BD: Tensor) -> Tensor:
+        """-> float32 B,3 (under, normal, over), differentiable."""
         ...

@@ -10,7 +10,6 @@ it and the order of brightness allows. No image passes through a network of the 
 # K ladder strengths, R regions, J region strengths, D embedding, H W pixels
 
 from collections.abc import Sequence
-from typing import Protocol
 
 import numpy as np
 import torch
@@ -19,6 +18,7 @@ from torch import Tensor
 from evenlight.stages.pixels import guided_filter, luma, resize, to_bytes, to_float
 from evenlight.stages.priors import meter, tone
 from evenlight.stages.priors.ladder import CLIPPED_HIGH, CLIPPED_LOW
+from evenlight.stages.priors.protocols import Judge
 from evenlight.stages.priors.region_strengths import region_strengths
 from evenlight.stages.priors.scores import candidate_score, crossings, vertex
 from evenlight.stages.settings import LadderSettings, PseudoGTSettings
@@ -30,14 +30,6 @@ CLIP_SHARE = 0.5
 METER_ERROR = 0.35
 MOST_SURE = 9.0  # log-odds beyond which CLIP counts no more
 CONFIDENCE_SCALE = 0.25  # rise of the score that takes confidence from 0.5 to 0.73
-
-
-class Scorer(Protocol):
-    """Prompts that judge exposure: embeddings B,D -> logits B,3 (under, normal, over)."""
-
-    fingerprint: str
-
-    def logits(self, embedding_BD: Tensor) -> Tensor: ...
 
 
 def well_exposed(photo_logits_3: np.ndarray, meter_log_odds: float, metered: float) -> bool:
@@ -89,7 +81,7 @@ def choose(
     photo_HW3: np.ndarray,
     labels_HW: np.ndarray,
     cached: dict[str, np.ndarray],
-    scorer: Scorer,
+    scorer: Judge,
     ladder: LadderSettings,
     settings: PseudoGTSettings,
 ) -> dict[str, np.ndarray]:
@@ -154,7 +146,7 @@ def re_expose(photo_HW3: np.ndarray, t_map: Tensor, family: str) -> np.ndarray:
     return to_bytes(tone.apply(family, to_float(photo_HW3), t)).numpy()
 
 
-def _logits(scorer: Scorer, embeddings: np.ndarray) -> np.ndarray:
+def _logits(scorer: Judge, embeddings: np.ndarray) -> np.ndarray:
     """Logits of cached embeddings, whatever the leading axes.  ...,D -> ...,3 float64."""
     flat = torch.from_numpy(embeddings.astype(np.float32)).flatten(0, -2)
     with torch.no_grad():
