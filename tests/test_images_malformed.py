@@ -384,10 +384,14 @@ def test_twenty_bombs_end_in_a_fifth_of_a_second_without_memory(bomb_folder: Pat
 
 
 def test_a_jpeg_without_its_end_marker_has_every_pixel() -> None:
-    data = base_files()["baseline.jpg"]
-    assert data.endswith(b"\xff\xd9")
-    for cut in (data[:-1], data[:-2], data[:-2] + bytes(9) + b"Image_UTC_Data1700000000000SEFT"):
-        assert (decode(cut, "a.jpg").pixels == decode(data, "a.jpg").pixels).all()
+    for side in range(60, 80):  # the bits left over after the last pixel differ
+        data = saved(Image.fromarray(picture(side, 80, 3)), "JPEG", quality=92)
+        assert data.endswith(b"\xff\xd9")
+        bare = data[:-2]
+        for cut in (bare, data[:-1], bare + bytes(9) + b"Image_UTC_Data1700000000000SEFT"):
+            assert (decode(cut, "a.jpg").pixels == decode(data, "a.jpg").pixels).all()
+        with pytest.raises(PhotoError, match="truncated"):
+            decode(data[:-40], "a.jpg")
 
 
 def test_the_limit_is_the_setting_and_not_the_decoders(tmp_path: Path) -> None:

@@ -76,7 +76,9 @@ def open_photo(data: bytes, format: str) -> Opened:
         try:
             decoded = image.numpy()
         except pyvips.Error as error:
-            raise _refusal(error) from error
+            if format != "jpeg" or image.get("jpeg-multiscan"):
+                raise _refusal(error) from error
+            decoded = _with_end_marker(data, error)
         return decoded.reshape(image.height, image.width, image.bands)
 
     return Opened(
@@ -91,6 +93,15 @@ def open_photo(data: bytes, format: str) -> Opened:
         },
         samples=samples,
     )
+
+
+def _with_end_marker(data: bytes, error: pyvips.Error) -> np.ndarray:
+    """The pixels of a JPEG of one scan that ends with its last pixel (some phones' panoramas): the
+    decoder looks for the marker behind it.  Where pixels are missing it warns, and that refuses."""
+    try:
+        return pyvips.Image.jpegload_buffer(data + b"\xff\xd9", fail_on="warning").numpy()
+    except pyvips.Error:
+        raise _refusal(error) from error
 
 
 def _refusal(error: pyvips.Error) -> Exception:
