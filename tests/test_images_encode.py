@@ -151,6 +151,30 @@ def test_sixteen_bit_png_keeps_its_metadata_for_other_readers() -> None:
     assert exif_of(data)[0][272] == "Model" and exif_of(data)[1][37500] == NOTE
 
 
+@pytest.mark.parametrize("order", "<>")
+@pytest.mark.parametrize(("kind", "code"), [(3, "H2x"), (4, "I")])
+def test_an_orientation_of_either_type_and_order_is_turned_and_written_as_1(
+    order: str, kind: int, code: str
+) -> None:
+    block = b"II*\0" if order == "<" else b"MM\0*"
+    block += struct.pack(order + "IHHHI" + code + "I", 8, 1, 274, kind, 1, 6, 0)
+    data = saved(Image.fromarray(smooth(60, 80)), "JPEG", exif=b"Exif\0\0" + block)
+    photo = decode(data, "a")
+    assert photo.pixels.shape == (80, 60, 3)
+    assert exif_of(encoded(photo))[0] == {274: 1}
+
+
+def test_a_photo_whose_exif_is_damaged_elsewhere_is_turned_all_the_same() -> None:
+    block = b"MM\0*" + struct.pack(">IHHHIHHHHII", 8, 2, 274, 3, 1, 6, 0, 271, 2, 4000, 9999)
+    data = saved(Image.fromarray(smooth(60, 80)), "JPEG", exif=b"Exif\0\0" + block + bytes(4))
+    photo = decode(data, "a")
+    assert photo.pixels.shape == (80, 60, 3) and photo.metadata.exif is None
+    assert photo.metadata.notes == ("its EXIF block is damaged and was not kept",)
+    for cut in range(len(block)):  # ends anywhere: never an error
+        data = saved(Image.fromarray(smooth(60, 80)), "JPEG", exif=b"Exif\0\0" + block[:cut])
+        decode(data, "a")
+
+
 def test_a_stale_thumbnail_is_dropped_and_its_bytes_with_it() -> None:
     small = io.BytesIO()
     Image.fromarray(smooth(24, 32)).save(small, "JPEG")

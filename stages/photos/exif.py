@@ -120,7 +120,8 @@ def upright_exif(exif: bytes) -> tuple[int, bytes]:
     stored = ifds[0].numbers(ORIENTATION)
     orientation = stored[0] if stored and 1 <= stored[0] <= 8 else 1
     if stored:
-        struct.pack_into(ifds[0].order + "H", block, ifds[0].entries[ORIENTATION].at, 1)
+        entry = ifds[0].entries[ORIENTATION]
+        struct.pack_into(ifds[0].order + _CODES[entry.kind], block, entry.at, 1)
     for ifd in ifds:
         for wide, high in _PAIRS:
             if orientation >= 5 and ifd.page == 0 and wide in ifd.entries and high in ifd.entries:
@@ -128,6 +129,23 @@ def upright_exif(exif: bytes) -> tuple[int, bytes]:
     thumbnails = [ifd for ifd in ifds if ifd.page == 1]
     struct.pack_into(ifds[0].order + "I", block, ifds[0].next_at, 0)
     return orientation, _without_thumbnail(block, thumbnails)
+
+
+def lenient_orientation(exif: bytes) -> int:
+    """The orientation of a block that is damaged elsewhere, 1 where it cannot be found."""
+    if exif[:4] not in (b"II*\0", b"MM\0*") or len(exif) < 10:
+        return 1
+    order, _, first = _header(exif)
+    if first + 2 > len(exif):
+        return 1
+    (count,) = struct.unpack_from(order + "H", exif, first)
+    end = min(first + 2 + 12 * count, len(exif) - 11)
+    for where in range(first + 2, end, 12):
+        tag, kind, length = struct.unpack_from(order + "HHI", exif, where)
+        if tag == ORIENTATION and kind in (1, 3, 4) and length == 1:
+            (value,) = struct.unpack_from(order + _CODES[kind], exif, where + 8)
+            return value if 1 <= value <= 8 else 1
+    return 1
 
 
 def without_orientation(exif: bytes) -> bytes:

@@ -12,7 +12,7 @@ from PIL import Image, TiffImagePlugin
 
 from evenlight.cache.errors import PhotoError
 from evenlight.stages.photos.containers import jpeg_segments, png_chunks, webp_chunks
-from evenlight.stages.photos.exif import ORIENTATION, Ifd, upright_exif
+from evenlight.stages.photos.exif import ORIENTATION, Ifd, lenient_orientation, upright_exif
 
 _MAX_ICC = 16 << 20  # bytes; printers' profiles reach a few MB
 # PNG chunks that are copied as they are: colour without a profile, and words about the photo.
@@ -61,12 +61,14 @@ def read_metadata(
         metadata = Metadata(
             exif=_bare(embedded.get("exif")), icc=embedded.get("icc"), xmp=embedded.get("xmp")
         )
-    orientation = 1
-    if metadata.exif is not None:
+    orientation, exif = 1, metadata.exif
+    if exif is not None:
         try:
-            orientation, exif = upright_exif(metadata.exif)
+            orientation, exif = upright_exif(exif)
             metadata = replace(metadata, exif=exif)
         except (PhotoError, struct.error):
+            # A photo on its side is worse than one without its camera's name.
+            orientation = lenient_orientation(exif)
             metadata = replace(metadata, exif=None)
             metadata = metadata.noting("its EXIF block is damaged and was not kept")
     turned = format in ("avif", "heic")  # by the decoder: the container says how, not EXIF
