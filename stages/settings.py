@@ -6,13 +6,13 @@ that a change of the value makes stale (later parts follow), or "prompts", "trai
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field, fields
+from functools import partial
 from typing import Any
 
 from evenlight.cache.errors import UsageError
 
 FAMILIES = ("film", "ps", "ev", "gamma")
 AFFECTS = ("photo", "regions", "embeddings", "pseudo_gt", "prompts", "training", "run")
-MANY = 100_000_000  # of anything that is counted
 
 
 def require(condition: bool, message: str) -> None:
@@ -69,6 +69,14 @@ def setting(
     return field(default=default, metadata={"affects": affects, "allowed": allowed})
 
 
+a_share = partial(setting, low=0, high=1)  # of a whole, or a probability
+a_count = partial(setting, low=1, high=100_000_000)
+a_side = partial(setting, low=64, high=4096, multiple=32)  # pixels
+a_seed = partial(setting, low=0, high=2**32 - 1)
+a_rate = partial(setting, low=1e-9, high=1)  # of learning
+a_ladder = partial(setting, low=-6, high=6, why="each")  # strengths
+
+
 @dataclass(frozen=True, kw_only=True)
 class Section:
     """Some settings, refused with a UsageError where a value is not allowed."""
@@ -90,22 +98,17 @@ def section_name(section: type[Section]) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class PhotoSettings(Section):
-    # long side in the store, pixels
-    size: int = setting(512, "photo", low=64, high=4096, multiple=32)
-    # larger photos are refused from their header
-    max_megapixels: int = setting(128, "photo", low=1, high=4000)
+    size: int = a_side(512, "photo")  # long side in the store
+    max_megapixels: int = setting(128, "photo", low=1, high=4000)  # larger: refused from the header
 
 
 @dataclass(frozen=True, kw_only=True)
 class RegionSettings(Section):
     segmenter: str = setting("fastsam-n", "regions")  # shipped name, or path of FastSAM weights
-    confidence: float = setting(0.1, "regions", low=0, high=1)  # least box confidence
-    # of two masks above which the surer one stands for both
-    iou: float = setting(0.6, "regions", low=0, high=1)
-    # long side at which masks are found, pixels
-    side: int = setting(352, "regions", low=64, high=4096, multiple=32)
-    # share of the photo; a region is no smaller
-    min_area: float = setting(0.002, "regions", low=0, high=1)
+    confidence: float = a_share(0.1, "regions")  # least box confidence
+    iou: float = a_share(0.6, "regions")  # of two masks above which the surer one stands for both
+    side: int = a_side(352, "regions")  # long side at which masks are found
+    min_area: float = a_share(0.002, "regions")  # of the photo; a region is no smaller
     # regions beyond the largest are merged
     max_regions: int = setting(64, "regions", low=1, high=255, why="labels are uint8")
 
@@ -114,13 +117,10 @@ class RegionSettings(Section):
 class ClipSettings(Section):
     model: str = setting("clip-lite0", "embeddings")  # shipped name, or an open_clip model name
     weights: str = setting("", "embeddings")  # path of weights; empty for the shipped model
-    # empty: the model's own
-    mean: tuple[float, ...] = setting((), "embeddings", low=0, high=1, why="each channel")
-    std: tuple[float, ...] = setting((), "embeddings", low=0.001, high=1, why="each channel")
-    # pixels
-    image_size: int = setting(
-        0, "embeddings", low=32, high=1024, choices=[0], why="0: the model's own"
-    )
+    mean: tuple[float, ...] = a_share((), "embeddings", why="each")  # empty: the model's own
+    std: tuple[float, ...] = setting((), "embeddings", low=0.001, high=1, why="each")  # likewise
+    # pixels; 0: the model's own
+    image_size: int = setting(0, "embeddings", low=32, high=1024, choices=[0])
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -137,19 +137,12 @@ class LadderSettings(Section):
     """Strengths at which CLIP sees re-exposed photos, as offsets from the mean-luma rule."""
 
     family: str = setting("film", "embeddings", choices=FAMILIES)
-    offsets: tuple[float, ...] = setting(
-        (-2.0, -1.4, -1.0, -0.7, -0.4, -0.2, 0.0, 0.2, 0.4, 0.7, 1.0, 1.4, 2.0),
-        "embeddings",
-        low=-6,
-        high=6,
-        why="each",
+    offsets: tuple[float, ...] = a_ladder(
+        (-2.0, -1.4, -1.0, -0.7, -0.4, -0.2, 0.0, 0.2, 0.4, 0.7, 1.0, 1.4, 2.0), "embeddings"
     )
-    region_offsets: tuple[float, ...] = setting(
-        (-0.8, -0.4, 0.0, 0.4, 0.8), "embeddings", low=-6, high=6, why="each"
-    )
-    # largest regions that are embedded
-    regions: int = setting(16, "embeddings", low=1, high=255, why="labels are uint8")
-    min_region_area: float = setting(0.01, "embeddings", low=0, high=1)  # share of the photo
+    region_offsets: tuple[float, ...] = a_ladder((-0.8, -0.4, 0.0, 0.4, 0.8), "embeddings")
+    regions: int = setting(16, "embeddings", low=1, high=255)  # largest ones, that are embedded
+    min_region_area: float = a_share(0.01, "embeddings")  # of the photo
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -166,15 +159,15 @@ class PromptSettings(Section):
     """Prompt tuning (docs/method.md 4) from cached embeddings."""
 
     context: int = setting(16, "prompts", low=1, high=70)  # learned context vectors per class
-    epochs: int = setting(20, "prompts", low=1, high=MANY)
-    batch: int = setting(256, "prompts", low=1, high=MANY)
-    learning_rate: float = setting(2e-3, "prompts", low=1e-9, high=1)
+    epochs: int = a_count(20, "prompts")
+    batch: int = a_count(256, "prompts")
+    learning_rate: float = a_rate(2e-3, "prompts")
     # share of good photos kept for the acceptance check
     held_out: float = setting(0.25, "prompts", low=0.001, high=0.999)
     # at |EV| >= 1, on held-out photos
     min_accuracy: float = setting(0.95, "prompts", low=0, high=2, why="above 1: never accepted")
     min_spearman: float = setting(0.95, "prompts", low=-1, high=2)  # of d with EV, likewise
-    seed: int = setting(0, "prompts", low=0, high=2**32 - 1)
+    seed: int = a_seed(0, "prompts")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -182,10 +175,8 @@ class PseudoGTSettings(Section):
     regional: bool = setting(True, "pseudo_gt")  # False: one strength per photo
     # where d crosses 0 on the ladder, or its most likely rung
     search: str = setting("crossing", "pseudo_gt", choices=["crossing", "grid"])
-    # share of the meter, CLIP the rest
-    meter_weight: float = setting(1.0, "pseudo_gt", low=0, high=1)
-    # how far a trusted region moves to its own strength
-    blend: float = setting(0.2, "pseudo_gt", low=0, high=1)
+    meter_weight: float = a_share(1.0, "pseudo_gt")  # of the meter, CLIP the rest
+    blend: float = a_share(0.2, "pseudo_gt")  # how far a trusted region moves to its own strength
     max_strength: float = setting(2.2, "pseudo_gt", low=0, high=6)  # |t| never exceeds it
 
 
@@ -221,48 +212,45 @@ class NetworkSettings(Section):
     family: str = setting("film", "training", choices=["film", "ev", "gamma"])
 
 
+a_part = partial(setting, affects="training", low=0, high=100, why="0: off")
+
+
 @dataclass(frozen=True, kw_only=True)
 class LossSettings(Section):
     """Shares of the gradient norm at the output after calibration (docs/method.md 7)."""
 
     data: float = setting(0.6, "training", low=1e-6, high=100)
-    colour: float = setting(0.1, "training", low=0, high=100, why="0: off")
-    semantic: float = setting(0.15, "training", low=0, high=100, why="0: off")
-    prompt: float = setting(0.15, "training", low=0, high=100, why="0: off")
-    identity: float = setting(0.1, "training", low=0, high=100, why="0: off")
-    consistency: float = setting(0.1, "training", low=0, high=100, why="0: off")
+    colour: float = a_part(0.1)
+    semantic: float = a_part(0.15)
+    prompt: float = a_part(0.15)
+    identity: float = a_part(0.1)
+    consistency: float = a_part(0.1)
     faithful: bool = setting(False, "training")  # plain MSE data term (the paper's)
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainSettings(Section):
-    steps: int = setting(1000, "training", low=1, high=MANY)
-    # photos; half as many scenes, twice, if consistency is on
-    batch: int = setting(
-        8, "training", low=2, high=4096, multiple=2, why="half of it is re-exposed"
-    )
-    # half of a batch is re-exposed by up to this |t|
-    reexpose: float = setting(0.8, "training", low=0, high=6)
-    # working size: long side, pixels
-    size: int = setting(256, "training", low=32, high=4096, multiple=32)
-    crop: int = setting(160, "training", low=32, high=4096, multiple=32)  # its side, pixels
-    learning_rate: float = setting(5e-4, "training", low=1e-9, high=1)
-    warmup: int = setting(50, "training", low=0, high=MANY)  # steps
-    weight_decay: float = setting(1e-4, "training", low=0, high=1)
-    ema: float = setting(0.995, "training", low=0, high=1)
+    steps: int = a_count(1000, "training")
+    # photos, half of them re-exposed; half as many scenes, twice, if consistency is on
+    batch: int = setting(8, "training", low=2, high=4096, multiple=2)
+    reexpose: float = setting(0.8, "training", low=0, high=6)  # by up to this |t|
+    size: int = a_side(256, "training", low=32)  # working size: long side
+    crop: int = a_side(160, "training", low=32)
+    learning_rate: float = a_rate(5e-4, "training")
+    warmup: int = a_count(50, "training", low=0)  # steps
+    weight_decay: float = a_share(1e-4, "training")
+    ema: float = a_share(0.995, "training")
     clip_norm: float = setting(1.0, "training", low=1e-6, high=1e6)
-    # first and last step measured for loss shares
-    calibrate: tuple[int, int] = setting((20, 40), "training", low=0, high=MANY, why="each")
+    calibrate: tuple[int, int] = a_count((20, 40), "training", low=0)  # steps measured for shares
     # share of photos that choose the best checkpoint
     held_out: float = setting(0.03, "training", low=0.001, high=0.999)
-    validate_every: int = setting(200, "training", low=1, high=MANY)
-    save_every: int = setting(100, "training", low=1, high=MANY)
-    log_every: int = setting(10, "training", low=1, high=MANY)
-    # semantic and prompt losses on every n-th step, on so many photos of the batch
-    spc_every: int = setting(2, "training", low=1, high=MANY)
-    spc_photos: int = setting(4, "training", low=1, high=4096)
+    validate_every: int = a_count(200, "training")
+    save_every: int = a_count(100, "training")
+    log_every: int = a_count(10, "training")
+    spc_every: int = a_count(2, "training")  # semantic and prompt losses on every n-th step
+    spc_photos: int = a_count(4, "training")  # photos of the batch that they see
     amp: bool = setting(True, "training")  # bfloat16 where the device gains from it
-    seed: int = setting(0, "training", low=0, high=2**32 - 1)
+    seed: int = a_seed(0, "training")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -275,9 +263,8 @@ class TrainSettings(Section):
 @dataclass(frozen=True, kw_only=True)
 class RunSettings(Section):
     device: str = setting("auto", "run")  # auto, cpu, cuda, cuda:1
-    # photos per unit; fixed when a store is made
-    unit_size: int = setting(32, "run", low=1, high=4096)
-    workers: int = setting(1, "run", low=1, high=1024)  # processes; 1 runs in this one
+    unit_size: int = a_count(32, "run", high=4096)  # photos per unit; fixed when a store is made
+    workers: int = a_count(1, "run", high=1024)  # processes; 1 runs in this one
 
 
 @dataclass(frozen=True, kw_only=True)
