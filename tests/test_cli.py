@@ -352,6 +352,7 @@ cli.main()
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_ends_precompute_soon_and_says_how_to_go_on(number, code, tmp_path):
     write_photos(tmp_path / "photos", 40)

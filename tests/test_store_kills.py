@@ -27,6 +27,7 @@ from toy_store import (
 from evenlight.cache import files, shards
 from evenlight.cache.store import Store
 
+pytestmark = pytest.mark.slow
 RUNS = {
     "new store": {"names": NAMES, "versions": FIRST, "specs": SPECS},
     "stale parts": {"names": CHANGED_NAMES, "versions": CHANGED, "specs": SPECS},

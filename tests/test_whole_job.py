@@ -7,6 +7,7 @@ import sys
 
 import pytest
 
+pytestmark = pytest.mark.slow
 TINY = [
     "photo.size=128",
     "run.unit_size=8",
