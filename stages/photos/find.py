@@ -85,11 +85,6 @@ class Found:
     skipped: Counter[str] = field(default_factory=Counter)
 
 
-def list_photos(source: Path) -> list[PhotoSource]:
-    """The photos of find_photos, without what was passed over."""
-    return find_photos(source).photos
-
-
 def also_there(passed_over: list[tuple[str, str]]) -> str:
     """For a sentence that says no photos were found: the pictures that were, if any."""
     if not passed_over:
