@@ -163,3 +163,11 @@ def test_every_page_that_a_comment_cites_is_in_the_repository():
     }
     assert ("stages/corrector/network.py", "docs/method.md") in cited
     assert [one for one in sorted(cited) if not (ROOT / one[1]).is_file()] == []
+
+
+@pytest.mark.slow
+def test_every_recipe_and_benchmark_still_finds_what_it_imports():
+    scripts = (*(ROOT / "recipes").rglob("*.py"), *(ROOT / "benchmarks").rglob("*.py"))
+    names = [".".join(path.relative_to(ROOT).with_suffix("").parts) for path in scripts]
+    code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import {', '.join(names)}; print('all')"
+    assert len(names) > 10 and run_python(code) == "all"
