@@ -124,7 +124,7 @@ def other_content() -> list[Case]:
         "video.jpg": b"\0\0\0\x18ftypmp42" + bytes(100),
         "animated.webp": saved(small, "WEBP", **animated),
         "animated.png": saved(small, "PNG", **animated),
-        "float.tif": tiff(picture(60, 80, 3).astype(np.float32), photometric="rgb"),
+        "double.tif": tiff(picture(60, 80, 3).astype(np.float64), photometric="rgb"),
         "signed.tif": tiff(picture(60, 80).astype(np.int16)),
         "cmyk16.tif": tiff(deep, photometric="separated"),
         "short.png": png(zlib.compress(bytes(60 * 81)), 80, 60, 8, 2),
@@ -191,6 +191,7 @@ def good_oddities() -> list[Case]:
         ),
         "tiles16.tif": tiff(deep[..., :3], photometric="rgb", tile=(16, 16)),
         "big16.tif": tiff(deep[..., :3], photometric="rgb", bigtiff=True),
+        "float.tif": tiff(picture(60, 80, 3).astype(np.float32), photometric="rgb"),
         "described.tif": tiff_header(16, 16, text=b"A view of the harbour at dusk"),
         "big-text.png": with_chunk(
             saved(colour, "PNG"), b"zTXt", b"x\0\0" + zlib.compress(bytes(3 << 20))

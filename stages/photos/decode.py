@@ -13,6 +13,13 @@ import numpy as np
 from PIL import Image, ImageCms, JpegImagePlugin
 
 from evenlight.cache.errors import PhotoError
+from evenlight.stages.photos.colour import (
+    LINEAR,
+    Transfer,
+    refuse_hdr,
+    transfer_of_png,
+    transfer_of_profile,
+)
 from evenlight.stages.photos.containers import (
     PNG_SIGNATURE,
     jpeg_segment,
@@ -47,12 +54,15 @@ class Encoding:
     jpeg_tables: dict[int, list[int]] | None = None
     jpeg_subsampling: int = 0  # as Pillow: 0 is 4:4:4, 1 is 4:2:2, 2 is 4:2:0
     lossless: bool = True  # of WebP
+    # Where the file's numbers are not sRGB-encoded: its curves, and the type of its samples.
+    transfer: Transfer | None = None
+    stored: np.dtype | None = None
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Photo:
     """pixels: HxWx3 RGB, sRGB-encoded, uint8 or uint16 as bit_depth (8 or 16) says, upright.
-    Photos with an ICC profile of another colour space stay in their own (metadata.icc).
+    The curve is sRGB's; primaries stay those of the ICC profile (metadata.icc).
     alpha: HxW of the same type, not premultiplied, or None.  gray: stored with one channel.
     format: jpeg, png, tiff, webp, gif, bmp, avif, heic, or array for an image of an HDF5 file."""
 
@@ -84,7 +94,7 @@ def decode(data: bytes, name: str, *, max_megapixels: float = 128) -> Photo:
         for note in _losses(opened, format):
             metadata = metadata.noting(note)
         photo = _photo(opened, format, metadata, _alpha_follows(opened, ifds))
-        photo = replace(photo, encoding=_encoding(data, format))
+        photo = _srgb_encoded(replace(photo, encoding=_encoding(data, format)), data, ifds)
     except (PhotoError, MemoryError):
         raise
     # Hostile bytes lead to any error of the libraries: struct.error, KeyError, SyntaxError ...
@@ -180,6 +190,47 @@ def _photo(opened: Opened, format: str, metadata: Metadata, alpha_follows: bool)
         gray=opened.colours == "gray",
         metadata=metadata,
     )
+
+
+def _srgb_encoded(photo: Photo, data: bytes, ifds: tuple[Ifd, ...]) -> Photo:
+    """The photo with its own curve exchanged for sRGB's, where it has another; 16 bits then."""
+    photo, transfer = _transfer(photo, data)
+    if transfer is None:
+        return photo
+    pixels, alpha, notes = photo.pixels, photo.alpha, photo.metadata
+    stored = pixels.dtype
+    if stored.kind == "f":
+        stored = np.dtype(np.float16 if ifds[0].numbers(258)[0] == 16 else np.float32)
+        if (pixels > 1).any():
+            notes = notes.noting("light above white was cut off")
+    if alpha is not None and alpha.dtype != np.uint16:
+        scale = 65535 if alpha.dtype.kind == "f" else 257
+        alpha = np.rint(np.clip(alpha * np.float32(scale), 0, 65535)).astype(np.uint16)
+    return replace(
+        photo,
+        pixels=transfer.to_srgb(pixels),
+        alpha=alpha,
+        bit_depth=16,
+        metadata=notes,
+        encoding=replace(photo.encoding, transfer=transfer, stored=stored),
+    )
+
+
+def _transfer(photo: Photo, data: bytes) -> tuple[Photo, Transfer | None]:
+    """The curves of the photo's numbers, None for sRGB's; HDR is refused."""
+    if photo.format in ("avif", "heic") and photo.bit_depth > 8:
+        at = data.find(b"colrnclx")
+        refuse_hdr(int.from_bytes(data[at + 10 : at + 12], "big") if at >= 0 else 0)
+    if photo.format == "png" and any(kind == b"cICP" for kind, _ in photo.metadata.png):
+        return photo, transfer_of_png(photo.metadata.png)
+    if photo.pixels.dtype.kind == "f":
+        return photo, LINEAR
+    if photo.metadata.icc is None:
+        return photo, transfer_of_png(photo.metadata.png)
+    try:
+        return photo, transfer_of_profile(photo.metadata.icc)
+    except PhotoError as error:
+        return replace(photo, metadata=photo.metadata.noting(str(error))), None
 
 
 def _cmyk_to_srgb(cmyk: np.ndarray, metadata: Metadata) -> tuple[np.ndarray, Metadata]:

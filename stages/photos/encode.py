@@ -46,12 +46,17 @@ def jpeg_bytes(rgb: np.ndarray, quality: int = 95) -> bytes:
 
 
 def _samples(photo: Photo) -> np.ndarray:
-    """HxWxC: 1 gray, 2 gray and alpha, 3 RGB, 4 RGBA."""
-    samples = photo.pixels
+    """HxWxC as stored: 1 gray, 2 gray and alpha, 3 RGB, 4 RGBA."""
+    samples, alpha = photo.pixels, photo.alpha
+    transfer, stored = photo.encoding.transfer, photo.encoding.stored
+    if transfer is not None and stored is not None:
+        samples = transfer.from_srgb(samples, stored)
+        if alpha is not None and stored != np.uint16:
+            alpha = (alpha / np.float32(65535 if stored.kind == "f" else 257)).astype(stored)
     if photo.gray and (samples == samples[..., :1]).all():
         samples = samples[..., :1]
-    if photo.alpha is not None:
-        samples = np.concatenate([samples, photo.alpha[..., None]], axis=2)
+    if alpha is not None:
+        samples = np.concatenate([samples, alpha[..., None]], axis=2)
     return samples
 
 
@@ -119,7 +124,7 @@ def _bmp(photo: Photo, samples: np.ndarray, quality: int) -> bytes:
 
 
 def _avif(photo: Photo, samples: np.ndarray, quality: int) -> bytes:
-    if photo.bit_depth == 16:
+    if samples.itemsize == 2:
         samples = ((samples.astype(np.uint32) + 128) // 257).astype(np.uint8)
     # Pillow would turn the picture by the tag and write the rest of the block anew.
     exif = photo.metadata.exif and without_orientation(photo.metadata.exif)
@@ -151,7 +156,7 @@ def _coloured(samples: np.ndarray) -> np.ndarray:
 def _png(photo: Photo, samples: np.ndarray, quality: int) -> bytes:
     """Pixels from a library, metadata inserted after the header: OpenCV keeps no text or density,
     Pillow no 16-bit colour."""
-    plain = _saved(_image(samples), "PNG") if photo.bit_depth == 8 else _png_16_bit(samples)
+    plain = _saved(_image(samples), "PNG") if samples.itemsize == 1 else _png_16_bit(samples)
     at = len(PNG_SIGNATURE) + 25  # past IHDR
     inserted = b"".join(png_chunk(kind, data) for kind, data in _png_metadata(photo, samples))
     return plain[:at] + inserted + plain[at:]
@@ -198,7 +203,7 @@ def _tiff(photo: Photo, samples: np.ndarray, quality: int) -> bytes:
         extrasamples=["unassalpha"] if channels in (2, 4) else None,
         byteorder=first_ifd(metadata.exif).order if metadata.exif else "<",
         compression="zlib",
-        predictor=True,
+        predictor=samples.dtype.kind != "f",  # tifffile alone has none for floats
         resolution=metadata.dpi,
         resolutionunit="INCH" if metadata.dpi else None,
         iccprofile=_icc(photo, samples),

@@ -29,19 +29,20 @@ _LOADERS = {
     "avif": pyvips.Image.heifload_buffer,  # its build has AV1, and no HEVC
 }
 _COLOURS = {"b-w": "gray", "grey16": "gray", "srgb": "rgb", "rgb": "rgb", "rgb16": "rgb",
-            "cmyk": "cmyk"}  # fmt: skip
+            "cmyk": "cmyk", "scrgb": "rgb"}  # fmt: skip
 _BLOCKS = {"exif": "exif-data", "icc": "icc-profile-data", "xmp": "xmp-data"}
-_BITS = {"uchar": 8, "ushort": 16}
+_BITS = {"uchar": 8, "ushort": 16, "float": 32}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Opened:
     """A photo whose header is read and whose pixels are not.
 
-    width, height: pixels, as stored.  bits: 8 or 16 per sample, as decoded.  colours: gray, rgb or
-    cmyk.  channels: colours and what follows them.  pages: images in the file.  embedded: of
-    formats whose container only a decoder knows, the blocks "exif", "icc" and "xmp" that are there.
-    samples: decodes; HxWxC uint8 or uint16, alpha not premultiplied; raises PhotoError.
+    width, height: pixels, as stored.  bits: per sample, as decoded: 8, 16, or 32 for floats.
+    colours: gray, rgb or cmyk.  channels: colours and what follows them.  pages: images in the
+    file.  embedded: of formats whose container only a decoder knows, the blocks "exif", "icc" and
+    "xmp" that are there.  samples: decodes; HxWxC uint8, uint16 or float32 of linear light, alpha
+    not premultiplied; raises PhotoError.
     """
 
     width: int
@@ -69,7 +70,7 @@ def open_photo(data: bytes, format: str) -> Opened:
     if image.format not in _BITS or image.interpretation not in _COLOURS:
         raise PhotoError(
             f"its samples are of type {image.format} and colour space {image.interpretation}; only"
-            " unsigned integers of up to 8 or of 16 bits, gray, RGB or CMYK, can be read"
+            " unsigned integers of up to 8 or of 16 bits, or floats, gray, RGB or CMYK, can be read"
         )
 
     def samples() -> np.ndarray:
