@@ -71,7 +71,7 @@ def precompute(
     from evenlight.pipeline.precompute import precompute as run
 
     overrides = [*(set_ or []), *([f"run.workers={workers}"] if workers else [])]
-    settings = _store_settings(store, config, overrides, making=True)
+    settings = _read(config, overrides)
     with progress() as on_progress:
         report = run(photos, store, settings=settings, scheduler=scheduler, on_progress=on_progress)
     _finish_run(report, as_json)
@@ -89,7 +89,7 @@ def tune_clip(
     """Tune the prompts that judge exposure, from the embeddings of a store."""
     from evenlight.pipeline.prompts import tune_clip as run
 
-    report = run(store, settings=_store_settings(store, config, set_))
+    report = run(store, settings=_read(config, set_))
     verdict = "accepted" if report.accepted else "NOT accepted: the former prompts stay"
     stderr.print(f"tuned prompts {verdict}")
     for name, value in report.figures.items():
@@ -107,7 +107,7 @@ def regenerate(
     """Remake scores and pseudo-ground-truth from the cache, where what chooses them changed."""
     from evenlight.pipeline.precompute import regenerate as run
 
-    settings = _store_settings(store, config, set_)
+    settings = _read(config, set_)
     with progress() as on_progress:
         report = run(store, settings=settings, on_progress=on_progress)
     _finish_run(report, as_json)  # photos that failed did so in precompute: not a failure here
@@ -124,7 +124,7 @@ def train(
     """Train a corrector from a store; goes on where an earlier run in the folder stopped."""
     from evenlight.pipeline.train import train as run
 
-    settings = _store_settings(store, config, set_)
+    settings = _read(config, set_)
     with progress() as on_progress:
         result = run(store, out, settings=settings, on_progress=on_progress)
     stderr.print(
@@ -155,9 +155,7 @@ def evaluate(
     if csv is not None and not csv.absolute().parent.is_dir():
         raise UsageError(f"--csv {csv}: there is no folder {csv.absolute().parent}")
     with progress() as on_progress:
-        result = run(
-            model or [], data, config=config, overrides=set_ or [], on_progress=on_progress
-        )
+        result = run(model or [], data, settings=_read(config, set_), on_progress=on_progress)
     if csv is not None:
         atomic_write(csv, result.to_csv().encode())
     if not as_json:
@@ -179,7 +177,7 @@ def correct(
     as_json: JsonOption = False,
 ) -> None:
     """Correct photos of any size; inputs are never touched."""
-    from evenlight.pipeline.correct import correct as run
+    from evenlight.pipeline.correct import correct_files as run
 
     with progress() as on_progress:
         report = run(
@@ -188,8 +186,7 @@ def correct(
             model=model,
             strength=strength,
             overwrite=overwrite,
-            config=config,
-            overrides=set_ or [],
+            settings=_read(config, set_),
             on_progress=on_progress,
         )
     there = f", {len(report.skipped)} were there already (--overwrite replaces them)"
@@ -226,7 +223,7 @@ def cache_info(
     """Counts, parts, sizes, fingerprints, and what is stale under these settings."""
     from evenlight.pipeline.store_info import cache_info as run
 
-    info = run(store, config=config, overrides=set_ or [])
+    info = run(store, settings=_read(config, set_))
     if not as_json:
         print_tree(info)
     emit(info, as_json)
@@ -277,26 +274,11 @@ def weights_fetch(
     emit(fetched, as_json)
 
 
-def _store_settings(
-    store: Path, config: Path | None, overrides: list[str] | None, *, making: bool = False
-) -> Any:
-    """The settings a store was made with, then the file, then the overrides.
+def _read(config: Path | None, overrides: list[str] | None) -> dict[str, Any]:
+    """The settings that --config and --set ask for, by key."""
+    from evenlight.pipeline.config import read
 
-    making: the store may be new, or damaged and about to be mended.
-    """
-    from evenlight.cache.store import Store
-    from evenlight.pipeline.config import build
-
-    base: dict[str, Any] = {}
-    if not making or store.exists():
-        try:
-            with Store.open(store) as opened:
-                base = opened.index.settings
-        except StoreError as error:
-            if not making:
-                raise
-            stderr.print(f"{error}\nits settings are unknown: taking the defaults")
-    return build(config, overrides or [], base=base)
+    return read(config, overrides or [])
 
 
 def _finish_run(report: Any, as_json: bool) -> None:

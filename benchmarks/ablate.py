@@ -180,7 +180,8 @@ def remembered(ask: Callable[[Tensor], Any]) -> Callable[[Tensor], Any]:
 def corrector_of(folder: Path) -> Method:
     """The corrector of a run as it ships, but for priors that are not computed twice."""
     loaded = load_predictor(folder)
-    return dataclasses.replace(loaded, models=remembering(loaded.models)).correct
+    frozen = remembering(Models(loaded.segmenter, loaded.clip))
+    return dataclasses.replace(loaded, segmenter=frozen.segmenter, clip=frozen.clip).correct
 
 
 def measure_once(folder: Path, load_method: Callable[[], Method], cases: list[Case]) -> None:

@@ -16,7 +16,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from evenlight.pipeline.load import LoadedCorrector, load_predictor
+from evenlight.pipeline.load import load_predictor
+from evenlight.stages.corrector.predictor import Predictor
 from evenlight.stages.evaluation.baselines import film_rule
 from evenlight.stages.evaluation.metrics import measure
 from evenlight.stages.evaluation.sets import Case, list_cases
@@ -61,7 +62,7 @@ def main() -> None:
     print(f"{arguments.out}; the model is below the rule on {lost} of {len(entries)} photos")
 
 
-def entry(loaded: LoadedCorrector, case: Case) -> Entry:
+def entry(loaded: Predictor, case: Case) -> Entry:
     """Both outputs of one photo, measured at native size."""
     assert case.reference is not None  # triplets have one
     photo, reference = (

@@ -1,15 +1,25 @@
-"""Settings from TOML, from --set key=value and from presets; back to plain values for the store."""
+"""Settings from plain values, TOML and key=value, with presets; back to plain values.
+
+Every command takes `settings` in one way (`Given`): plain values that come on top of what the
+store, or the corrector, was made with; or a complete Settings, which is taken as it is.
+"""
 
 import dataclasses
 import difflib
+import logging
 import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_type_hints
 
-from evenlight.cache.errors import UsageError
+from evenlight.cache.errors import StoreError, UsageError
 from evenlight.cache.schema import PARTS
 from evenlight.stages.settings import Settings
+
+log = logging.getLogger(__name__)
+
+Given = Settings | Mapping[str, Any] | None
+"""Complete settings, or changes: {"train.steps": 200} or {"train": {"steps": 200}}."""
 
 PRESETS: dict[str, dict[str, Any]] = {
     # The faithful baseline (docs/method.md 9): global gamma, chosen by the CLIP score.
@@ -34,14 +44,47 @@ def build(
 ) -> Settings:
     """Complete settings: defaults, then `base`, then the TOML file, then key=value overrides.
 
-    base: nested plain values, as `to_dict` gives and a store records.  A `preset = "paper"` in
-    the file or among the overrides is applied first among its own source.
+    base: nested plain values, as `to_dict` gives and a store records.
     """
-    flat = flatten(base or {})
-    if config is not None:
-        flat |= _expanded(flatten(_read_toml(config)))
-    flat |= _expanded(dict(_parse_override(text) for text in overrides))
-    return from_flat(flat)
+    return resolve(read(config, overrides), base)
+
+
+def read(config: Path | None = None, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """The changes that a TOML file and then key=value texts ask for, by dotted key.
+
+    A `preset = "paper"` in the file or among the texts is applied first among its own source.
+    """
+    changes = {} if config is None else _expanded(flatten(_read_toml(config)))
+    return changes | _expanded(dict(_parse_override(text) for text in overrides))
+
+
+def resolve(given: Given, base: Mapping[str, Any] | None = None) -> Settings:
+    """Complete settings: `given` on top of `base` (nested plain values) on top of the defaults."""
+    if isinstance(given, Settings):
+        return given
+    return from_flat(flatten(base or {}) | _expanded(flatten(given or {})))
+
+
+def of_store(store: str | Path, given: Given = None, *, making: bool = False) -> Settings:
+    """Complete settings: `given` on top of those that the store was made with.
+
+    making: the store may be new, or damaged and about to be mended: then a warning says that the
+    defaults are taken.  Raises StoreError where the store is missing or damaged, unless making.
+    """
+    if isinstance(given, Settings):
+        return given
+    from evenlight.cache.store import Store  # not for `correct`, which reads no store
+
+    base: dict[str, Any] = {}
+    if not making or Path(store).exists():
+        try:
+            with Store.open(store) as opened:
+                base = opened.index.settings
+        except StoreError as error:
+            if not making:
+                raise
+            log.warning("%s\nits settings are unknown: taking the defaults", error)
+    return resolve(given, base)
 
 
 def to_dict(settings: Settings) -> dict[str, Any]:

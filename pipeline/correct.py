@@ -1,19 +1,26 @@
-"""Correct photos: files or folders in, the same names out; inputs are never touched."""
+"""Correct photos: one as an array (`correct`), or files into a folder (`correct_files`).
+
+Inputs are never touched.
+"""
 
 import dataclasses
 import errno
+import functools
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
+from PIL import Image, ImageOps
 
 from evenlight.cache.errors import EvenlightError, PhotoError, UsageError
+from evenlight.pipeline.config import Given
 from evenlight.pipeline.console import Progress, silent
 from evenlight.pipeline.failures import one_photo
-from evenlight.pipeline.load import LoadedCorrector, load_predictor
-from evenlight.stages.photos.decode import Photo, decode
+from evenlight.pipeline.load import load_predictor
+from evenlight.stages.corrector.predictor import Predictor
+from evenlight.stages.photos.decode import MIN_SIDE, Photo, decode
 from evenlight.stages.photos.encode import encode
 from evenlight.stages.photos.find import PhotoSource, also_there, find_photos
 
@@ -36,30 +43,48 @@ class CorrectReport:
 
 
 def correct(
-    photos: Sequence[Path],
-    out: Path,
+    photo: np.ndarray | Image.Image | str | Path,
     *,
-    model: Path | None = None,
+    strength: float = 1.0,
+    predictor: Predictor | None = None,
+) -> np.ndarray:
+    """One corrected photo as an array: RGB H,W,3, uint8, or uint16 where the photo is deeper.
+
+    photo: the path of a file; a PIL image; or an array H,W,3 (RGB) or H,W (gray), uint8 or uint16,
+    sRGB-encoded and upright.  Files and PIL images are turned upright.  strength: 0 (no change) to
+    1.  predictor: from `load_predictor`; None is the corrector that ships, loaded once.
+    Raises PhotoError where a file cannot be read, UsageError for anything that is no photo.
+    """
+    _refuse_strength(strength)
+    opened = _opened(photo)
+    return _corrected(opened, predictor or _shipped_predictor(), strength).pixels
+
+
+def correct_files(
+    photos: Sequence[str | Path] | str | Path,
+    out: str | Path,
+    *,
+    model: str | Path | None = None,
     strength: float = 1.0,
     overwrite: bool = False,
-    config: Path | None = None,
-    overrides: Sequence[str] = (),
+    settings: Given = None,
     on_progress: Progress = silent,
 ) -> CorrectReport:
     """Correct every photo and write it under `out` with its name, format, depth and metadata.
 
     photos: files, folders (walked recursively, the tree is mirrored) or HDF5 files.  model: a
     training run's folder; None is the corrector that ships.  strength: 0 (no change) to 1.
-    overwrite: replace outputs of earlier runs; without it they are skipped.  config, overrides:
-    a TOML file and key=value settings (`load.OPEN_SETTINGS`).
+    overwrite: replace outputs of earlier runs; without it they are skipped.  settings: changes
+    to `load.OPEN_SETTINGS`.
     Photos that cannot be corrected are listed in the report and the run goes on.  Raises
     EvenlightError where `out` cannot be written to.
     """
-    if not 0 <= strength <= 1:
-        raise UsageError(f"strength must be 0 to 1, got {strength}")
+    _refuse_strength(strength)
     started = time.monotonic()
-    jobs, passed_over = _jobs(photos, out)
-    corrector = load_predictor(model, config, overrides)
+    out = Path(out)
+    named = [photos] if isinstance(photos, str | Path) else photos
+    jobs, passed_over = _jobs([Path(path) for path in named], out)
+    predictor = load_predictor(model, settings=settings)
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -69,7 +94,7 @@ def correct(
         if target.is_file() and not overwrite:
             report.skipped.append(source.name)
         else:
-            _correct_one(source, target, out, corrector, strength, report)
+            _correct_one(source, target, out, predictor, strength, report)
         on_progress("photos", done, len(jobs))
     report.seconds = time.monotonic() - started
     return report
@@ -79,15 +104,15 @@ def _correct_one(
     source: PhotoSource,
     target: Path,
     out: Path,
-    corrector: LoadedCorrector,
+    predictor: Predictor,
     strength: float,
     report: CorrectReport,
 ) -> None:
-    limit = corrector.settings.photo.max_megapixels
+    limit = predictor.settings.photo.max_megapixels
     try:
         with one_photo():
             photo = decode(source.read_bytes(), source.name, max_megapixels=limit)
-            corrected = _corrected(photo, corrector, strength)
+            corrected = _corrected(photo, predictor, strength)
     except PhotoError as error:
         report.failed.append((source.name, str(error)))
         return
@@ -107,13 +132,52 @@ def _correct_one(
     report.notes += [(source.name, note) for note in photo.metadata.notes]
 
 
-def _corrected(photo: Photo, corrector: LoadedCorrector, strength: float) -> Photo:
+def _corrected(photo: Photo, predictor: Predictor, strength: float) -> Photo:
     """The photo with corrected pixels; gray stays gray, though the corrector may tint it."""
-    pixels = corrector.correct(photo.pixels, strength)
+    pixels = predictor.correct(photo.pixels, strength)
     if photo.gray:
         mean = np.rint(pixels.mean(2, keepdims=True)).astype(pixels.dtype)
         pixels = np.repeat(mean, 3, axis=2)
     return dataclasses.replace(photo, pixels=pixels)
+
+
+def _refuse_strength(strength: float) -> None:
+    if not 0 <= strength <= 1:
+        raise UsageError(f"strength must be 0 to 1, got {strength}")
+
+
+@functools.cache
+def _shipped_predictor() -> Predictor:
+    return load_predictor()
+
+
+def _opened(photo: np.ndarray | Image.Image | str | Path) -> Photo:
+    """A photo given in any way, as decoding a file gives it."""
+    if isinstance(photo, str | Path):
+        source = PhotoSource(str(photo), Path(photo), Path(photo).name)
+        return decode(source.read_bytes(), source.name)
+    if isinstance(photo, Image.Image):
+        upright = ImageOps.exif_transpose(photo)
+        gray = upright.mode in ("1", "L", "LA", "I;16", "I;16L", "I;16B")
+        deep = upright.mode.startswith("I;16")
+        pixels = np.array(upright if deep else upright.convert("L" if gray else "RGB"))
+        return _opened(pixels.astype(np.uint16) if deep else pixels)
+    if not isinstance(photo, np.ndarray):
+        raise UsageError(f"a photo is a path, a PIL image or an array, got {type(photo).__name__}")
+    if photo.dtype not in (np.uint8, np.uint16) or (photo.shape[2:] != (3,) and photo.ndim != 2):
+        raise UsageError(
+            f"a photo as an array is uint8 or uint16 of shape H,W,3 or H,W, got {photo.dtype} of "
+            f"shape {photo.shape}"
+        )
+    if min(photo.shape[:2], default=0) < MIN_SIDE:
+        raise UsageError(f"a photo is at least {MIN_SIDE} pixels a side, got shape {photo.shape}")
+    gray = photo.ndim == 2
+    return Photo(
+        pixels=np.ascontiguousarray(np.repeat(photo[..., None], 3, axis=2) if gray else photo),
+        bit_depth=photo.dtype.itemsize * 8,
+        format="array",
+        gray=gray,
+    )
 
 
 def _make_subfolders(folder: Path, out: Path) -> None:

@@ -17,13 +17,14 @@ import torch
 from evenlight.cache.errors import EnvironmentLacks
 from evenlight.pipeline import config
 from evenlight.pipeline.console import Progress, silent
-from evenlight.pipeline.correct import correct
+from evenlight.pipeline.correct import correct_files
 from evenlight.pipeline.evaluate import Evaluation, evaluate
-from evenlight.pipeline.load import LoadedCorrector, load_predictor
+from evenlight.pipeline.load import load_predictor
 from evenlight.pipeline.precompute import precompute, regenerate
 from evenlight.pipeline.prompts import tune_clip
 from evenlight.pipeline.report import Example, write_report
 from evenlight.pipeline.train import train
+from evenlight.stages.corrector.predictor import Predictor
 from evenlight.stages.photos.canvas import working
 from evenlight.stages.photos.decode import decode
 from evenlight.stages.photos.encode import jpeg_bytes
@@ -71,7 +72,7 @@ def demo(
     regenerate(store, settings=settings, on_progress=on_progress)
     result = train(store, run, settings=settings, on_progress=on_progress)
     evaluation = evaluate([run], [f"triplets:{out / 'held-out'}"], on_progress=on_progress)
-    corrected = correct(
+    corrected = correct_files(
         [out / "photos"], out / "corrected", model=run, overwrite=True, on_progress=on_progress
     )
     notes = [
@@ -120,20 +121,20 @@ def _write_inputs(out: Path, originals: dict[str, np.ndarray]) -> None:
             (folder / f"{stem}.jpg").write_bytes(jpeg_bytes(to_bytes(copy).numpy()))
 
 
-def _examples(out: Path, loaded: LoadedCorrector) -> list[Example]:
+def _examples(out: Path, predictor: Predictor) -> list[Example]:
     """Held-out photos first, then the ones trained on."""
     paths = sorted((out / "held-out").glob("*/*er.jpg")) + sorted((out / "photos").glob("*.jpg"))
     examples = []
     for path in paths:
         before = decode(path.read_bytes(), path.name).pixels
-        chosen = loaded.pseudo_gt(before)
+        chosen = predictor.pseudo_gt(before)
         examples.append(
             Example(
                 name=f"{path.parent.name}/{path.name}",
                 before=before,
-                after=loaded.correct(before),
+                after=predictor.correct(before),
                 pseudo_gt=re_expose(
-                    before, torch.from_numpy(chosen["t_map"]), loaded.settings.ladder.family
+                    before, torch.from_numpy(chosen["t_map"]), predictor.settings.ladder.family
                 ),
                 regions=chosen["regions"],
                 strength=float(chosen["strength"]),

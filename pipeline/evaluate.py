@@ -17,8 +17,10 @@ import torch
 from evenlight.cache.errors import PhotoError, UsageError
 from evenlight.cache.files import sha256_bytes
 from evenlight.cache.schema import fingerprint
+from evenlight.pipeline.config import Given
 from evenlight.pipeline.console import Progress, silent
-from evenlight.pipeline.load import LoadedCorrector, load_predictor
+from evenlight.pipeline.load import load_predictor
+from evenlight.stages.corrector.predictor import Predictor
 from evenlight.stages.evaluation.baselines import BASELINES, ORACLES, Oracle
 from evenlight.stages.evaluation.metrics import PROTOCOL, Figures, agreement, measure
 from evenlight.stages.evaluation.sets import Case, list_cases
@@ -93,19 +95,18 @@ class Evaluation:
 
 
 def evaluate(
-    models: Sequence[Path],
+    models: Sequence[str | Path],
     data: Sequence[str],
     *,
-    config: Path | None = None,
-    overrides: Sequence[str] = (),
+    settings: Given = None,
     on_progress: Progress = silent,
 ) -> Evaluation:
     """Measure every model, its pseudo-GT, and the baselines on every set.
 
     models: folders of training runs.  data: "LAYOUT:PATH", layouts as in
-    `stages.evaluation.sets.LAYOUTS`.  config, overrides: a TOML file and key=value settings
-    (`load.OPEN_SETTINGS`).  Raises UsageError where a set or a photo of it cannot be used:
-    a mean over fewer photos would be another figure.
+    `stages.evaluation.sets.LAYOUTS`.  settings: changes to `load.OPEN_SETTINGS`.  Raises
+    UsageError where a set or a photo of it cannot be used: a mean over fewer photos would be
+    another figure.
     """
     listed = {name: list_cases(*_split(name)) for name in data}
     methods = {name: _blind(baseline) for name, baseline in BASELINES.items()}
@@ -113,9 +114,9 @@ def evaluate(
     for path in models:
         if str(path) in methods:
             raise UsageError(f"model {path} is named twice")
-        corrector = load_predictor(path, config, overrides)
-        methods[f"pseudo-GT of {path}"] = _blind(functools.partial(_pseudo_gt, corrector))
-        methods[str(path)] = _blind(corrector.correct)
+        predictor = load_predictor(path, settings=settings)
+        methods[f"pseudo-GT of {path}"] = _blind(functools.partial(_pseudo_gt, predictor))
+        methods[str(path)] = _blind(predictor.correct)
     rows: list[Row] = []
     sets: dict[str, str] = {}
     for name, found in listed.items():
@@ -160,9 +161,9 @@ def _told(oracle: Oracle) -> _Method:
     return method
 
 
-def _pseudo_gt(corrector: LoadedCorrector, photo: np.ndarray) -> np.ndarray:
-    t_map = torch.from_numpy(corrector.pseudo_gt(photo)["t_map"])
-    return re_expose(photo, t_map, corrector.settings.ladder.family)
+def _pseudo_gt(predictor: Predictor, photo: np.ndarray) -> np.ndarray:
+    t_map = torch.from_numpy(predictor.pseudo_gt(photo)["t_map"])
+    return re_expose(photo, t_map, predictor.settings.ladder.family)
 
 
 @dataclass

@@ -18,6 +18,7 @@ from evenlight.cache.files import sha256_bytes
 from evenlight.cache.schema import EMPTY_SLOT, FAILED, Index, PhotoRecord
 from evenlight.cache.store import Store
 from evenlight.pipeline import config, schedule
+from evenlight.pipeline.config import Given
 from evenlight.pipeline.console import Progress, silent
 from evenlight.pipeline.models import Models, load_models
 from evenlight.pipeline.parts import PARTS, Tools, sizes
@@ -46,21 +47,23 @@ class RunReport:
 
 
 def precompute(
-    photos: Path,
-    store: Path,
+    photos: str | Path,
+    store: str | Path,
     *,
-    settings: Settings,
+    settings: Given = None,
     models: Models | None = None,
     scheduler: str = "",
     on_progress: Progress = silent,
 ) -> RunReport:
     """Make or complete a store of priors for the photos; resumes whatever an earlier run left.
 
-    photos: a photo, a folder (walked recursively) or an HDF5 file of images.  models: loaded by
-    the settings when None.  scheduler: address of a Dask cluster; empty runs here, in
-    `run.workers` processes.  Photos that cannot be used are listed in the report.
+    photos: a photo, a folder (walked recursively) or an HDF5 file of images.  settings: changes
+    on top of those of the store.  models: loaded by the settings when None.  scheduler: address
+    of a Dask cluster; empty runs here, in `run.workers` processes.
+    Photos that cannot be used are listed in the report.
     """
     started = time.monotonic()
+    photos, settings = Path(photos), config.of_store(store, settings, making=True)
     found = find_photos(photos)
     sources = {source.name: source for source in found.photos}
     if not sources:
@@ -96,13 +99,16 @@ def precompute(
     return report
 
 
-def regenerate(store: Path, *, settings: Settings, on_progress: Progress = silent) -> RunReport:
+def regenerate(
+    store: str | Path, *, settings: Given = None, on_progress: Progress = silent
+) -> RunReport:
     """Remake scores and pseudo-GT where what chooses them changed, from the cache alone.
 
-    settings: those of the store, with changes to pseudo_gt settings at most.
+    settings: changes on top of those of the store, to pseudo_gt settings at most.
     Raises StoreError where an earlier part is missing or other settings differ.
     """
     started = time.monotonic()
+    settings = config.of_store(store, settings)
     with Store.create_or_open(store) as target:
         _refuse_other_changes(target, settings)
         tools = Tools(settings, None, store_scorer(target, None))

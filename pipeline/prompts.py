@@ -9,6 +9,8 @@ import torch
 
 from evenlight.cache.errors import StoreError
 from evenlight.cache.store import Store
+from evenlight.pipeline import config
+from evenlight.pipeline.config import Given
 from evenlight.pipeline.parts import PROMPTS, TUNING
 from evenlight.stages.priors.clip import load_clip
 from evenlight.stages.priors.prompts import Ladders, Scorer, tune, zero_shot
@@ -41,12 +43,16 @@ def store_scorer(store: Store, clip: ClipModel | None) -> Scorer:
     return scorer
 
 
-def tune_clip(store: Path, *, settings: Settings, clip: ClipModel | None = None) -> TuneReport:
+def tune_clip(
+    store: str | Path, *, settings: Given = None, clip: ClipModel | None = None
+) -> TuneReport:
     """Tune the prompts of a store from its cached embeddings; no photo is read.
 
     The new prompts are kept only if they pass their own held-out check, else those in force
-    stay.  `regenerate` then remakes scores and pseudo-GT with them.
+    stay.  `regenerate` then remakes scores and pseudo-GT with them.  settings: changes on top of
+    those of the store.
     """
+    settings = config.of_store(store, settings)
     clip = clip or load_clip(settings.clip, "cpu")
     with Store.create_or_open(store) as target:
         result = tune(clip, ladders(target, settings), settings.prompts)

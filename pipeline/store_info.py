@@ -1,31 +1,28 @@
 """What a store holds and whether it is whole: cache info, cache verify."""
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from evenlight.cache.errors import EnvironmentLacks
 from evenlight.cache.schema import Damage
 from evenlight.cache.store import Store
-from evenlight.pipeline.config import build
+from evenlight.pipeline.config import Given, resolve
 from evenlight.pipeline.models import load_models
 from evenlight.pipeline.parts import PARTS, sizes
 from evenlight.pipeline.plan import made_by, recorded_plans
 from evenlight.pipeline.prompts import prompts_info
 
 
-def cache_info(
-    store: Path, *, config: Path | None = None, overrides: Sequence[str] = ()
-) -> dict[str, Any]:
+def cache_info(store: str | Path, *, settings: Given = None) -> dict[str, Any]:
     """Counts, parts, sizes and fingerprints of a store, and which units are stale or missing.
 
-    config, overrides: settings to compare it with, on top of its own.
+    settings: to compare it with, on top of its own.
     """
     with Store.open(store) as source:
         info = source.info()
         if not source.index.num_units:
             return info
-        settings = build(config, overrides, base=source.index.settings)
+        settings = resolve(settings, source.index.settings)
         letters = sizes(settings)
         for part in PARTS:
             arrays = {array.name: array.describe(letters) for array in part.arrays}
@@ -41,10 +38,10 @@ def cache_info(
     return info
 
 
-def cache_verify(store: Path, *, repair: bool = False) -> list[Damage]:
+def cache_verify(store: str | Path, *, repair: bool = False) -> list[Damage]:
     """Check every stored byte against its record.  repair: forget damaged parts, and
     damaged notes with the parts made by them, so that `evenlight precompute` remakes just those."""
-    opened = Store.create_or_open(store) if repair and store.is_dir() else Store.open(store)
+    opened = Store.create_or_open(store) if repair and Path(store).is_dir() else Store.open(store)
     with opened as source:
         damages = source.verify()
         if repair:

@@ -12,6 +12,7 @@ from evenlight.cache.errors import StoreError, UsageError
 from evenlight.cache.files import atomic_write
 from evenlight.cache.store import Store
 from evenlight.pipeline import config
+from evenlight.pipeline.config import Given
 from evenlight.pipeline.console import Progress, silent
 from evenlight.pipeline.models import Models, choose_device, load_models, priors_of
 from evenlight.pipeline.parts import TRAINING, cut
@@ -29,19 +30,21 @@ log = logging.getLogger(__name__)
 
 
 def train(
-    store: Path,
-    out: Path,
+    store: str | Path,
+    out: str | Path,
     *,
-    settings: Settings,
+    settings: Given = None,
     models: Models | None = None,
     resume: bool = True,
     on_progress: Progress = silent,
 ) -> TrainResult:
     """Train a corrector from the cached tensors of a store; goes on where an earlier run stopped.
 
-    out: folder of the run (checkpoints, log, corrector).  Raises StoreError where the store is
+    out: folder of the run (checkpoints, log, corrector).  settings: changes on top of those of
+    the store.  Raises StoreError where the store is
     incomplete or stale, or out holds a run with other settings.
     """
+    out, settings = Path(out), config.of_store(store, settings)
     device = choose_device(settings.run.device)
     models = models or load_models(settings)
     with Store.open(store) as source:

@@ -10,7 +10,7 @@ from toys import ToyClip, ToySegmenter, write_photos
 from evenlight.cache.errors import EnvironmentLacks
 from evenlight.cache.store import Store
 from evenlight.pipeline import config
-from evenlight.pipeline.correct import correct
+from evenlight.pipeline.correct import correct_files
 from evenlight.pipeline.models import Models
 from evenlight.pipeline.precompute import precompute, regenerate
 
@@ -66,7 +66,7 @@ def as_float(photo):
 def test_every_aspect_comes_through_correct(photos, size, tmp_path, monkeypatch):
     monkeypatch.setattr("evenlight.pipeline.load.load_models", toy_models)
     model = save_toy_corrector(tmp_path / "model", size=size)
-    report = correct([photos], tmp_path / "out", model=model)
+    report = correct_files([photos], tmp_path / "out", model=model)
     assert (len(report.corrected), report.failed) == (len(SHAPES), [])
     for height, width in SHAPES:
         after = Image.open(tmp_path / "out" / f"{height}x{width}.png")
@@ -80,7 +80,7 @@ def test_extreme_aspects_come_through_the_shipped_priors_and_corrector(tmp_path)
     settings = config.build(overrides=["photo.size=128", "run.unit_size=4"])
     report = precompute(photos, tmp_path / "S", settings=settings)
     assert (report.photos, report.failed) == (len(EXTREME), [])
-    corrected = correct([photos], tmp_path / "out")
+    corrected = correct_files([photos], tmp_path / "out")
     assert (len(corrected.corrected), corrected.failed) == (len(EXTREME), [])
 
 
@@ -172,6 +172,6 @@ def test_an_error_in_one_photo_is_a_row_of_correct(four, tmp_path, monkeypatch):
     monkeypatch.setattr("evenlight.pipeline.load.load_models", lambda settings: stumbling)
     dark = write_shapes(tmp_path / "dark", [(40, 60), (60, 40), (60, 60)])
     model = save_toy_corrector(tmp_path / "model")
-    report = correct([dark], tmp_path / "out", model=model)
+    report = correct_files([dark], tmp_path / "out", model=model)
     assert report.failed == [("60x40.png", "RuntimeError: size of tensor")]
     assert report.corrected == ["40x60.png", "60x60.png"]

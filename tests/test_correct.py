@@ -12,19 +12,14 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
-import torch
 from photo_makers import exif, picture, saved
 from PIL import Image, ImageCms
 from toy_corrector import run_cli, save_toy_corrector, toy_models
 
 from evenlight.cache.errors import EvenlightError, UsageError
 from evenlight.pipeline import correct as command
-from evenlight.pipeline.correct import correct
-from evenlight.pipeline.load import load_predictor
+from evenlight.pipeline.correct import correct_files
 from evenlight.stages.photos.decode import decode
-from evenlight.stages.pixels import to_bytes, to_float
-from evenlight.stages.priors import tone
-from evenlight.stages.priors.prompts import Scorer
 
 ICC = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
 
@@ -157,7 +152,7 @@ def test_strength_zero_keeps_every_bit_of_a_png(bits, model, tmp_path):
     source.parent.mkdir()
     samples = dark(50, 70, 3, dtype=np.uint16 if bits == 16 else np.uint8)
     source.write_bytes(cv2.imencode(".png", samples)[1].tobytes())
-    correct([source], tmp_path / "out", model=model, strength=0)
+    correct_files([source], tmp_path / "out", model=model, strength=0)
     result = cv2.imread(str(tmp_path / "out/photo.png"), cv2.IMREAD_UNCHANGED)
     assert result.dtype == samples.dtype and np.array_equal(result, samples)
 
@@ -167,7 +162,7 @@ def test_a_gray_photo_stays_gray_and_a_colour_one_is_tinted(model, tmp_path):
     Image.fromarray(dark(50, 70)).save(tmp_path / "in/gray.png")
     Image.fromarray(dark(50, 70, 1, dtype=np.uint16)[..., 0]).save(tmp_path / "in/gray16.png")
     Image.fromarray(dark(50, 70).repeat(3).reshape(50, 70, 3)).save(tmp_path / "in/rgb.png")
-    correct([tmp_path / "in"], tmp_path / "out", model=model)
+    correct_files([tmp_path / "in"], tmp_path / "out", model=model)
     gray = Image.open(tmp_path / "out/gray.png")
     assert gray.mode == "L" and np.asarray(gray).mean() > 1.5 * dark(50, 70).mean()
     assert Image.open(tmp_path / "out/gray16.png").mode == "I;16"
@@ -181,25 +176,27 @@ def test_the_folder_of_inputs_is_refused_as_output(model, tmp_path):
     (tmp_path / "link").symlink_to(tmp_path)
     for out in (tmp_path, tmp_path / "link"):
         with pytest.raises(UsageError, match="folder of inputs"):
-            correct([tmp_path], out, model=model, overwrite=True)
+            correct_files([tmp_path], out, model=model, overwrite=True)
     with pytest.raises(UsageError, match="never overwritten"):
-        correct([tmp_path / "a.png"], tmp_path, model=model, overwrite=True)
+        correct_files([tmp_path / "a.png"], tmp_path, model=model, overwrite=True)
     assert files(tmp_path) == before
 
 
 def test_results_inside_the_folder_of_inputs_are_not_corrected_again(model, tmp_path):
     write_png(tmp_path / "a.png")
     for _ in range(2):
-        correct([tmp_path], tmp_path / "out", model=model, overwrite=True)
+        correct_files([tmp_path], tmp_path / "out", model=model, overwrite=True)
     assert sorted(files(tmp_path)) == ["a.png", "out/a.png"]
 
 
 def test_two_inputs_that_would_become_one_output_are_refused(model, tmp_path):
     first, second = write_png(tmp_path / "1/a.png"), write_png(tmp_path / "2/a.png", seed=1)
     with pytest.raises(UsageError, match="both become"):
-        correct([first, second], tmp_path / "out", model=model)
+        correct_files([first, second], tmp_path / "out", model=model)
     assert not (tmp_path / "out").exists()
-    report = correct([first, first.parent], tmp_path / "out", model=model)  # the same one twice
+    report = correct_files(
+        [first, first.parent], tmp_path / "out", model=model
+    )  # the same one twice
     assert report.corrected == ["a.png"]
 
 
@@ -236,7 +233,7 @@ def test_datasets_named_to_climb_out_stay_inside_out(model, tmp_path):
     with h5py.File(tmp_path / "in.h5", "w") as file:
         for name in ("../../climbed", "/absolute", "x/../../y"):
             file[name] = dark(40, 60, 3)
-    report = correct([tmp_path / "in.h5"], tmp_path / "deep/out", model=model)
+    report = correct_files([tmp_path / "in.h5"], tmp_path / "deep/out", model=model)
     assert len(report.corrected) == 3 and not report.failed
     assert sorted(p.name for p in tmp_path.iterdir()) == ["deep", "in.h5"]
     assert [p.name for p in (tmp_path / "deep").iterdir()] == ["out"]
@@ -244,11 +241,11 @@ def test_datasets_named_to_climb_out_stay_inside_out(model, tmp_path):
 
 def test_existing_outputs_are_skipped_unless_overwritten(model, tmp_path):
     source, out = write_png(tmp_path / "in/sub/a.png"), tmp_path / "out"
-    assert correct([tmp_path / "in"], out, model=model).corrected == ["sub/a.png"]
+    assert correct_files([tmp_path / "in"], out, model=model).corrected == ["sub/a.png"]
     first = files(out)
-    again = correct([tmp_path / "in"], out, model=model, strength=0.2)
+    again = correct_files([tmp_path / "in"], out, model=model, strength=0.2)
     assert (again.corrected, again.skipped) == ([], ["sub/a.png"]) and files(out) == first
-    correct([tmp_path / "in"], out, model=model, strength=0.2, overwrite=True)
+    correct_files([tmp_path / "in"], out, model=model, strength=0.2, overwrite=True)
     assert files(out).keys() == first.keys() and files(out) != first
     assert source.exists()
 
@@ -261,7 +258,7 @@ def test_a_name_that_cannot_be_written_fails_alone(model, tmp_path):
     write_png(tmp_path / "in/z.png")
     (tmp_path / "out/a.png").mkdir(parents=True)
     (tmp_path / "out/b").write_text("a file where a folder should be")
-    report = correct([tmp_path / "in"], tmp_path / "out", model=model)
+    report = correct_files([tmp_path / "in"], tmp_path / "out", model=model)
     assert report.corrected == ["z.png"]
     assert [name for name, _ in report.failed] == ["a.png", "b/c.png", long]
     assert all("cannot write" in reason for _, reason in report.failed)
@@ -300,7 +297,7 @@ def test_an_output_folder_that_vanishes_is_an_error_and_not_made_anew(model, tmp
 
     monkeypatch.setattr(command, "encode", encode_then_lose)
     with pytest.raises(EvenlightError, match=r"cannot write .*No such file"):
-        correct([tmp_path / "in"], out, model=model)
+        correct_files([tmp_path / "in"], out, model=model)
     assert not out.exists()
 
 
@@ -326,24 +323,26 @@ def test_what_could_not_be_kept_is_said_by_photo(model, tmp_path, monkeypatch, c
 def test_photos_above_the_limit_are_refused_and_the_limit_can_be_set(model, tmp_path):
     source = tmp_path / "wide.png"
     Image.fromarray(np.full((1000, 1100, 3), 40, np.uint8)).save(source)
-    small = correct([source], tmp_path / "out", model=model, overrides=["photo.max_megapixels=1"])
+    small = correct_files(
+        [source], tmp_path / "out", model=model, settings={"photo.max_megapixels": 1}
+    )
     assert small.corrected == [] and "megapixels" in small.failed[0][1]
-    assert correct([source], tmp_path / "out", model=model).corrected == ["wide.png"]
+    assert correct_files([source], tmp_path / "out", model=model).corrected == ["wide.png"]
 
 
 def test_settings_that_training_fixed_cannot_be_changed(model, tmp_path):
     source = write_png(tmp_path / "a.png")
     with pytest.raises(UsageError, match=r"train\.size = 96 .*after training.*open to change"):
-        correct([source], tmp_path / "out", model=model, overrides=["train.size=96"])
+        correct_files([source], tmp_path / "out", model=model, settings={"train.size": 96})
     with pytest.raises(UsageError, match="0 to 1"):
-        correct([source], tmp_path / "out", model=model, strength=1.5)
+        correct_files([source], tmp_path / "out", model=model, strength=1.5)
 
 
 def test_half_strength_lies_between(model, tmp_path):
     source = write_png(tmp_path / "a.png")
     means = []
     for strength in (0, 0.5, 1):
-        correct([source], tmp_path / "out", model=model, strength=strength, overwrite=True)
+        correct_files([source], tmp_path / "out", model=model, strength=strength, overwrite=True)
         means.append(decode((tmp_path / "out/a.png").read_bytes(), "a").pixels.mean())
     assert means[0] + 5 < means[1] < means[2] - 5
 
@@ -352,14 +351,3 @@ def test_a_folder_without_photos_is_bad_usage(model, tmp_path, monkeypatch):
     started = time.monotonic()
     assert run_cli(monkeypatch, "correct", tmp_path, "-o", tmp_path / "out", "-m", model) == 2
     assert time.monotonic() - started < 5
-
-
-@pytest.mark.parametrize("sure", [0.05, 0.95])
-def test_a_photo_that_clip_surely_finds_good_stays_as_it_is(sure, model, tmp_path, monkeypatch):
-    logits = torch.log(torch.tensor([[(1 - sure) / 2, sure, (1 - sure) / 2]]))
-    monkeypatch.setattr(Scorer, "logits", lambda self, embeddings: logits)
-    loaded = load_predictor(model)
-    photo = to_bytes(tone.apply("film", to_float(picture(64, 96, 3)), 0.2)).numpy()
-    assert np.array_equal(loaded.correct(photo), photo) == (sure > 0.7)
-    night = to_bytes(tone.apply("film", to_float(picture(64, 96, 3)), -2.0)).numpy()
-    assert not np.array_equal(loaded.correct(night), night)  # the meter contradicts

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+import evenlight
+
 ROOT = Path(__file__).parent.parent
 SOURCES = [
     *(p for folder in ("cache", "stages", "pipeline") for p in (ROOT / folder).rglob("*.py")),
@@ -142,6 +144,26 @@ def test_the_command_line_starts_without_torch():
     code = f"import sys, evenlight.cli; print({heavy})"
     assert run_python(code) == "[]"
     assert run_python(code.replace("evenlight.cli", "torch")).startswith("['torch'")
+
+
+HEAVY = "[m for m in ('torch', 'zarr', 'cv2', 'numpy', 'PIL', 'rich') if m in sys.modules]"
+
+
+def test_importing_evenlight_imports_nothing_heavy():
+    assert run_python(f"import sys, evenlight; dir(evenlight); print({HEAVY})") == "[]"
+
+
+def test_the_first_use_of_a_name_imports_what_it_needs():
+    found = run_python(f"import sys, evenlight; evenlight.Predictor; print({HEAVY})")
+    assert "'torch'" in found
+
+
+def test_every_public_name_is_there_and_no_other():
+    for name in evenlight.__all__:
+        assert getattr(evenlight, name).__name__ == name
+    assert set(evenlight.__all__) <= set(dir(evenlight))
+    with pytest.raises(AttributeError, match="no attribute 'mend'"):
+        _ = evenlight.mend
 
 
 def test_no_module_is_imported_under_two_names():

@@ -1,4 +1,4 @@
-"""Correct a photo of any size: predict at the working size, apply at full size.
+"""A correction predicted at the working size, applied to a photo of any size.
 
 The predicted maps are carried to full size by the lines a * luma + b of a guided filter fitted
 at the working size (stages/pixels.py), row strip by row strip: the cost per pixel is constant
@@ -7,7 +7,6 @@ and memory is bounded by the photo itself.
 
 # C channels, H W full-size pixels, h w working-size pixels
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,17 +14,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from evenlight.stages.corrector.network import MAX_STRENGTH
-from evenlight.stages.photos.canvas import working
 from evenlight.stages.pixels import coefficients, luma
 from evenlight.stages.priors import tone
 
 STRIP_PIXELS = 2**20
 GUIDE_RADIUS = 4  # working-size pixels
 GUIDE_EPS = 1e-3
-MAX_SHIFT = 1.5  # of the strength map, towards the meter
 NEARLY_BLOWN = 0.9  # of white: above it, maps lose their colour
-FULL_SHIFT = 0.5  # mean strength from which the meter decides brightness alone
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,9 +35,6 @@ class Maps:
     family: str
 
 
-Predict = Callable[[np.ndarray], Maps]
-
-
 def fit_maps(photo_13hw: Tensor, strength: Tensor, residual: Tensor, family: str) -> Maps:
     """Lines over luma for maps predicted at the working size (each 1,3,h,w)."""
     maps = torch.cat([strength, residual], 1)
@@ -50,46 +42,11 @@ def fit_maps(photo_13hw: Tensor, strength: Tensor, residual: Tensor, family: str
     return Maps(a=a, b=b, family=family)
 
 
-def meet_meter(
-    photo_13hw: Tensor, strength: Tensor, residual: Tensor, family: str, target: float
-) -> Tensor:
-    """The strength map shifted as a whole, so that the output has the mean luma the meter asks for.
-
-    target: that mean luma (`meter.Reading.target`).
-
-    The network answers for space and colour, the meter for brightness: trained on both in one loss
-    it fell behind the meter on real brackets, by .8 dB, and shifted it did not.  Where the network
-    hardly corrects, its word counts: the shift grows with the mean strength, in full from
-    FULL_SHIFT on.
-    """
-
-    def mean_luma(shift: float) -> float:
-        output = tone.apply(family, photo_13hw, strength + shift) + residual
-        return float(luma(output.clamp(0, 1)).mean())
-
-    low, high = -MAX_SHIFT, MAX_SHIFT
-    for _ in range(12):
-        middle = (low + high) / 2
-        low, high = (middle, high) if mean_luma(middle) < target else (low, middle)
-    trust = min(1.0, abs(float(strength.mean())) / FULL_SHIFT)
-    return (strength + trust * (low + high) / 2).clamp(-MAX_STRENGTH, MAX_STRENGTH)
-
-
-def correct_pixels(
-    pixels_HW3: np.ndarray, predict: Predict, *, prior_size: int, strength: float = 1.0
-) -> np.ndarray:
+def apply_maps(pixels_HW3: np.ndarray, maps: Maps, strength: float = 1.0) -> np.ndarray:
     """The corrected photo, same shape and dtype (uint8 or uint16, RGB, sRGB-encoded).
 
-    predict: photo at the priors' size (uint8) -> Maps.  strength: 0 leaves every value as it
-    is, 1 applies the whole correction.
+    strength: 0 leaves every value as it is, 1 applies the whole correction.
     """
-    if strength == 0:
-        return pixels_HW3.copy()
-    return apply_maps(pixels_HW3, predict(working(pixels_HW3, prior_size)), strength)
-
-
-def apply_maps(pixels_HW3: np.ndarray, maps: Maps, strength: float = 1.0) -> np.ndarray:
-    """Apply predicted maps at full size.  Shapes and dtypes as `correct_pixels`."""
     height, width = pixels_HW3.shape[:2]
     out = np.empty_like(pixels_HW3)
     rows = max(1, STRIP_PIXELS // width)
