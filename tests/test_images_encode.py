@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from photo_makers import heic, saved, smooth
 from PIL import Image, ImageCms, JpegImagePlugin
 
-from evenlight.stages.photos.containers import png_chunk, png_chunks
+from evenlight.stages.photos.containers import jpeg_segment, png_chunk, png_chunks
 from evenlight.stages.photos.decode import Photo, decode
 from evenlight.stages.photos.encode import encode, encoded, jpeg_bytes
 from evenlight.stages.photos.metadata import Metadata
@@ -173,6 +173,27 @@ def test_a_photo_whose_exif_is_damaged_elsewhere_is_turned_all_the_same() -> Non
     for cut in range(len(block)):  # ends anywhere: never an error
         data = saved(Image.fromarray(smooth(60, 80)), "JPEG", exif=b"Exif\0\0" + block[:cut])
         decode(data, "a")
+
+
+def test_exif_of_several_segments_comes_out_in_as_many() -> None:
+    block = exif(1) + bytes(90_000)
+    pieces = [jpeg_segment(0xE1, b"Exif\0\0" + block[at : at + 60_000]) for at in (0, 60_000)]
+    plain = saved(Image.fromarray(smooth(60, 80)), "JPEG")
+    photo = decode(plain[:20] + b"".join(pieces) + plain[20:], "a")
+    assert photo.metadata.exif == block
+    written = encoded(photo)
+    assert decode(written, "a").metadata.exif == block
+    assert exif_of(written)[1][37500] == NOTE
+
+
+@pytest.mark.parametrize("resolution", [(1, 0), (0, 0), (0, 1)])
+def test_a_resolution_over_zero_is_none(resolution: tuple[int, int]) -> None:
+    data = bytearray(saved(Image.fromarray(smooth(60, 80)), "TIFF", dpi=(300, 300)))
+    with tifffile.TiffFile(io.BytesIO(data)) as file:
+        for tag in (282, 283):
+            struct.pack_into("<II", data, file.pages.first.tags[tag].valueoffset, *resolution)
+    photo = decode(bytes(data), "a")
+    assert photo.metadata.dpi is None and decode(encoded(photo), "a").metadata.dpi is None
 
 
 def test_a_stale_thumbnail_is_dropped_and_its_bytes_with_it() -> None:

@@ -32,7 +32,7 @@ from photo_makers import (
 from PIL import Image
 
 from evenlight.cache.errors import PhotoError
-from evenlight.stages.photos.containers import png_chunk
+from evenlight.stages.photos.containers import jpeg_segment, png_chunk
 from evenlight.stages.photos.decode import decode
 from evenlight.stages.photos.find import find_photos
 
@@ -393,6 +393,43 @@ def test_a_jpeg_without_its_end_marker_has_every_pixel() -> None:
             assert (decode(cut, "a.jpg").pixels == decode(data, "a.jpg").pixels).all()
         with pytest.raises(PhotoError, match="truncated"):
             decode(data[:-40], "a.jpg")
+
+
+def many_scans(side: int) -> bytes:
+    """A whole progressive JPEG, each bit of each coefficient in a scan of its own, all zero."""
+    data = saved(Image.new("L", (side, side), 128), "JPEG", progressive=True)
+    scan = data.index(b"\xff\xda")
+    end = scan + 10  # past the header of a scan of one component; then its data
+    while data[end] != 0xFF or data[end + 1] == 0:
+        end += 1
+    zeros = jpeg_segment(0xC4, bytes([0x10, 1]) + bytes(15) + b"\xe0")  # code 0: a run of 2^14 up
+    num_runs = -(-((side // 8) ** 2) // 32767)
+    bits = ("0" + "1" * 14) * num_runs + "1" * (-15 * num_runs % 8)
+    run = int(bits, 2).to_bytes(len(bits) // 8, "big").replace(b"\xff", b"\xff\0")
+    scans = b"".join(
+        jpeg_segment(0xDA, bytes([1, 1, 0, band, band, (low + 1) % 14 << 4 | low])) + run
+        for band in range(1, 64)
+        for low in range(13, -1, -1)
+    )
+    return data[:end] + zeros + scans + b"\xff\xd9"
+
+
+def test_a_thousand_scans_of_a_large_photo_are_refused_at_once() -> None:
+    assert decode(many_scans(64), "a.jpg").pixels.shape == (64, 64, 3)
+    bomb = many_scans(11000)
+    assert len(bomb) < 1 << 20
+    start = time.process_time()
+    with pytest.raises(PhotoError, match=r"it has 883 scans of 11000 x 11000 pixels"):
+        decode(bomb, "a.jpg")
+    assert time.process_time() - start < 0.5
+
+
+def test_megabytes_of_exif_segments_take_no_time() -> None:
+    data = base_files()["progressive.jpg"]
+    segment = jpeg_segment(0xE1, b"Exif\0\0II*\0\x08\0\0\0" + bytes(65000))
+    start = time.process_time()
+    decode(data[:2] + segment * 1000 + data[2:], "a.jpg")
+    assert time.process_time() - start < 2
 
 
 def test_the_limit_is_the_setting_and_not_the_decoders(tmp_path: Path) -> None:

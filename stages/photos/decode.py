@@ -7,6 +7,7 @@ header claims is checked before anything of its size is allocated.
 import io
 import itertools
 import struct
+import warnings
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -32,10 +33,15 @@ from evenlight.stages.photos.heic import open_heic
 from evenlight.stages.photos.libvips import Opened, open_photo
 from evenlight.stages.photos.metadata import Metadata, read_metadata
 
+Image.MAX_IMAGE_PIXELS = None  # Pillow's limit would only overrule photo.max_megapixels
+# Pillow says so of metadata that a note speaks of.
+warnings.filterwarnings("ignore", message="(Corrupt EXIF|Metadata Warning|Truncated File Read)")
+
 READABLE = "JPEG, PNG, TIFF, WebP, GIF, BMP, AVIF and HEIC"
 MIN_SIDE = 16  # pixels; nothing smaller has regions
 _MIN_BYTES = 32  # every format needs more
 _MAX_CHANNELS = 16
+_MANY_SCANS, _MAX_SCANNED = 50, 10**10  # cameras write 10 scans; pixels x scans, some 2 seconds
 _COLOUR_CHANNELS = {"gray": 1, "rgb": 3, "cmyk": 4}
 _HEIC_BRANDS = (b"heic", b"heix", b"hevc", b"hevx", b"heim", b"heis", b"mif1", b"msf1")
 _STARTS = {  # first bytes: format; others say what they are further on
@@ -90,6 +96,7 @@ def decode(data: bytes, name: str, *, max_megapixels: float = 128) -> Photo:
         opened = _OPENERS[format](data) if format in _OPENERS else open_photo(data, format)
         _refuse_size(opened, max_megapixels)
         _refuse_animation(data, opened, format)
+        _refuse_scans(data, opened, format)
         metadata, orientation = read_metadata(data, format, ifds, opened.embedded)
         for note in _losses(opened, format):
             metadata = metadata.noting(note)
@@ -148,6 +155,17 @@ def _refuse_animation(data: bytes, opened: Opened, format: str) -> None:
         frames = next((struct.unpack_from(">I", it)[0] for kind, it in ahead if kind == b"acTL"), 1)
     if frames > 1:
         raise PhotoError("the file is an animation; only still photos can be used")
+
+
+def _refuse_scans(data: bytes, opened: Opened, format: str) -> None:
+    """A progressive JPEG of 100 kB can hold 1,000 scans that each go over every pixel."""
+    scans = data.count(b"\xff\xda") if format == "jpeg" else 1
+    pixels = opened.width * opened.height
+    if scans > _MANY_SCANS and scans * pixels > _MAX_SCANNED:
+        raise PhotoError(
+            f"it has {scans} scans of {opened.width} x {opened.height} pixels: more than any camera"
+            " writes, and a minute's work"
+        )
 
 
 def _losses(opened: Opened, format: str) -> list[str]:

@@ -12,12 +12,14 @@ import tifffile
 from PIL import Image
 
 from evenlight.cache.files import atomic_write
-from evenlight.stages.photos.containers import PNG_SIGNATURE, png_chunk
+from evenlight.stages.photos.containers import PNG_SIGNATURE, jpeg_segment, png_chunk
 from evenlight.stages.photos.decode import Photo
 from evenlight.stages.photos.exif import first_ifd, relocated, without_orientation
 from evenlight.stages.photos.heic import heic_bytes
+from evenlight.stages.photos.metadata import EXIF_PREFIX, XMP_PREFIX
 
 _XMP = 700  # TIFF tag
+_SEGMENT = 65533 - len(EXIF_PREFIX)  # bytes of EXIF in one segment
 _GIF_CLEAR = 255  # the palette's last index
 
 
@@ -90,9 +92,15 @@ def _jpeg(photo: Photo, samples: np.ndarray, quality: int) -> bytes:
         }
     metadata = photo.metadata
     dpi = metadata.dpi and (round(metadata.dpi[0]), round(metadata.dpi[1]))
-    exif = metadata.exif and b"Exif\0\0" + metadata.exif
-    icc = _icc(photo, samples)
-    return _saved(image, "JPEG", exif=exif, icc_profile=icc, xmp=metadata.xmp, dpi=dpi, **how)
+    data = _saved(image, "JPEG", icc_profile=_icc(photo, samples), dpi=dpi, **how)
+    segments = []
+    exif = metadata.exif or b""
+    for start in range(0, len(exif), _SEGMENT):  # Pillow refuses blocks that need several
+        segments.append(jpeg_segment(0xE1, EXIF_PREFIX + exif[start : start + _SEGMENT]))
+    if metadata.xmp is not None:
+        segments.append(jpeg_segment(0xE1, XMP_PREFIX + metadata.xmp))
+    at = 4 + int.from_bytes(data[4:6], "big")  # behind the first, JFIF's
+    return data[:at] + b"".join(segments) + data[at:]
 
 
 def _webp(photo: Photo, samples: np.ndarray, quality: int) -> bytes:

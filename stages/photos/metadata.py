@@ -6,7 +6,7 @@ import struct
 import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, SupportsFloat
 
 from PIL import Image, TiffImagePlugin
 
@@ -14,11 +14,12 @@ from evenlight.cache.errors import PhotoError
 from evenlight.stages.photos.containers import jpeg_segments, png_chunks, webp_chunks
 from evenlight.stages.photos.exif import ORIENTATION, Ifd, lenient_orientation, upright_exif
 
+_MAX_DPI = 65535  # as much as JFIF holds
 _MAX_ICC = 16 << 20  # bytes; printers' profiles reach a few MB
 # PNG chunks that are copied as they are: colour without a profile, and words about the photo.
 _PNG_COPIED = (b"sRGB", b"gAMA", b"cHRM", b"cICP", b"tEXt", b"zTXt", b"iTXt")
 _XMP_KEYWORD = b"XML:com.adobe.xmp"
-_EXIF_PREFIX, _XMP_PREFIX = b"Exif\0\0", b"http://ns.adobe.com/xap/1.0/\0"
+EXIF_PREFIX, XMP_PREFIX = b"Exif\0\0", b"http://ns.adobe.com/xap/1.0/\0"
 _ICC_PREFIX = b"ICC_PROFILE\0"
 # IFD0 tags of a TIFF that describe the photo, not how the file stores it.
 _TIFF_KEPT = (269, 270, 271, 272, 285, 305, 306, 315, 316, 33432, 34665, 34853, 18246, 18249)
@@ -84,13 +85,11 @@ def _of_jpeg(data: bytes) -> Metadata:
     for marker, content in jpeg_segments(data):
         if marker == 0xE0 and content.startswith(b"JFIF\0"):
             unit, x, y = struct.unpack_from(">BHH", content, 7)
-            to_inches = {1: 1.0, 2: 2.54}.get(unit)
-            if to_inches and x and y:
-                metadata = replace(metadata, dpi=(x * to_inches, y * to_inches))
-        elif marker == 0xE1 and content.startswith(_EXIF_PREFIX):
-            exif.append(content.removeprefix(_EXIF_PREFIX))  # blocks over 64 kB go on in the next
-        elif marker == 0xE1 and content.startswith(_XMP_PREFIX):
-            metadata = replace(metadata, xmp=content.removeprefix(_XMP_PREFIX))
+            metadata = replace(metadata, dpi=_dpi(x, y, {1: 1.0, 2: 2.54}.get(unit, 0.0)))
+        elif marker == 0xE1 and content.startswith(EXIF_PREFIX):
+            exif.append(content.removeprefix(EXIF_PREFIX))  # blocks over 64 kB go on in the next
+        elif marker == 0xE1 and content.startswith(XMP_PREFIX):
+            metadata = replace(metadata, xmp=content.removeprefix(XMP_PREFIX))
         elif marker == 0xE2 and content.startswith(_ICC_PREFIX):
             icc[content[12]] = content[14:]
     profile = b"".join(icc[number] for number in sorted(icc))
@@ -117,7 +116,7 @@ def _of_png(data: bytes) -> Metadata:
             metadata = replace(metadata, xmp=content[len(_XMP_KEYWORD) + 3 :].split(b"\0", 2)[2])
         elif kind == b"pHYs" and content[8:9] == b"\x01":
             x, y = struct.unpack_from(">II", content)
-            metadata = replace(metadata, dpi=(x * 0.0254, y * 0.0254))  # per metre to per inch
+            metadata = replace(metadata, dpi=_dpi(x, y, 0.0254))  # per metre to per inch
         elif kind in _PNG_COPIED and not content.startswith(b"Raw profile type"):
             copied.append((kind, content))
     return replace(metadata, png=tuple(copied), notes=tuple(notes))
@@ -139,13 +138,12 @@ def _of_tiff(data: bytes, first: Ifd) -> Metadata:
         if tag in source:
             sub_ifd = tag in (34665, 34853)
             kept[tag] = _directory(data, first.number(tag), tag) if sub_ifd else source[tag]
-    x, y = source.get(282), source.get(283)
-    to_inches = {2: 1.0, 3: 2.54}.get(source.get(296, 2))
+    to_inches = {2: 1.0, 3: 2.54}.get(source.get(296, 2), 0.0)
     return Metadata(
         exif=_bare(kept.tobytes()) if kept else None,
         icc=first.raw(34675),
         xmp=first.raw(700),
-        dpi=(float(x) * to_inches, float(y) * to_inches) if x and y and to_inches else None,
+        dpi=_dpi(source.get(282, 0), source.get(283, 0), to_inches),
     )
 
 
@@ -159,6 +157,12 @@ def _directory(data: bytes, at: int, group: int | None = None) -> dict[int, Any]
     return dict(ifd)
 
 
+def _dpi(x: SupportsFloat, y: SupportsFloat, to_inches: float) -> tuple[float, float] | None:
+    """Dots per inch; None where a file writes 0, or a fraction over 0."""
+    both = float(x) * to_inches, float(y) * to_inches
+    return both if all(0 < dots < _MAX_DPI for dots in both) else None
+
+
 def _bare(exif: bytes | None) -> bytes | None:
     """An EXIF block without its JPEG prefix; None for an empty one."""
-    return exif.removeprefix(_EXIF_PREFIX) or None if exif else None
+    return exif.removeprefix(EXIF_PREFIX) or None if exif else None
