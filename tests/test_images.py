@@ -1,6 +1,7 @@
 """Photos are found, decoded as they look, and placed on the canvas."""
 
 import json
+import logging
 import os
 import sys
 from pathlib import Path
@@ -390,3 +391,17 @@ def test_sixteen_bits_are_averaged_before_they_are_rounded_to_eight() -> None:
     assert np.abs(working(pixels, 64)[:, 0, 0] - exact).max() <= 0.51
     ends = np.repeat(np.array([0, 65535], np.uint16), 32 * 64 * 3).reshape(64, 64, 3)
     assert set(np.unique(working(ends, 64))) == {0, 255}
+
+
+def test_decoding_runs_no_python_in_which_a_signal_would_be_lost(
+    caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """libvips would log through Python at every decode, and to stderr where it is not asked to."""
+    described = tiff(noise(32, 40, 3), description="hello")
+    warned = described.replace(b"hello\0", b"helloo")
+    assert warned != described
+    with caplog.at_level(logging.DEBUG, logger="pyvips"):
+        decode(warned, "a.tif")
+        decode(saved(Image.fromarray(noise(32, 40, 3)), "PNG"), "a.png")
+    assert [r.getMessage() for r in caplog.records if "VIPS" in r.getMessage()] == []
+    assert capfd.readouterr().err == ""

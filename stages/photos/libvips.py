@@ -4,7 +4,6 @@ The loader is chosen by the caller from the file's signature: the one that guess
 libvips' many loaders meet hostile bytes.
 """
 
-import logging
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -13,12 +12,15 @@ import numpy as np
 
 from evenlight.cache.errors import PhotoError
 
-os.environ["VIPS_CONCURRENCY"] = "1"  # read when libvips starts: processes share the cores
+# Read when libvips starts: processes share the cores; the PhotoError says what warnings would.
+os.environ.update(VIPS_CONCURRENCY="1", VIPS_WARNING="0")
 import pyvips
 
 pyvips.cache_set_max(0)  # it would keep the pixels of former photos
 pyvips.block_untrusted_set(True)
-logging.getLogger("pyvips").setLevel(logging.ERROR)  # warnings that the PhotoError already says
+# At every decode libvips would call Python to log: a signal that arrives meanwhile is handled, and
+# lost, inside that call, so that Ctrl-C does not end a run.
+pyvips._remove_log_handler()
 
 _LOADERS = {
     "jpeg": pyvips.Image.jpegload_buffer,
