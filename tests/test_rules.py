@@ -193,3 +193,15 @@ def test_every_recipe_and_benchmark_still_finds_what_it_imports():
     names = [".".join(path.relative_to(ROOT).with_suffix("").parts) for path in scripts]
     code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import {', '.join(names)}; print('all')"
     assert len(names) > 10 and run_python(code) == "all"
+
+
+def test_the_page_on_architecture_names_every_file_and_no_other():
+    """Rows are | `folder/a.py`, `b.py` | job |: a bare name stands in the folder named before."""
+    named = set()
+    for row in (ROOT / "docs/architecture.md").read_text(encoding="utf-8").splitlines():
+        folder = Path()
+        for name in re.findall(r"`([\w/]+\.py)`", row.split("|")[1] if row.startswith("|") else ""):
+            folder = Path(name).parent if "/" in name else folder
+            named.add(folder / Path(name).name)
+    files = {p.relative_to(ROOT) for p in SOURCES if p.name != "__init__.py"}
+    assert named ^ files == set()
