@@ -32,6 +32,7 @@ from evenlight.stages.photos.exif import Ifd, read_ifds
 from evenlight.stages.photos.heic import open_heic
 from evenlight.stages.photos.libvips import Opened, open_photo
 from evenlight.stages.photos.metadata import Metadata, read_metadata
+from evenlight.stages.photos.plain import open_array, open_bmp
 
 Image.MAX_IMAGE_PIXELS = None  # Pillow's limit would only overrule photo.max_megapixels
 # Pillow says so of metadata that a note speaks of.
@@ -307,51 +308,7 @@ def _upright(pixels: np.ndarray, orientation: int) -> np.ndarray:
     return np.ascontiguousarray(pixels)
 
 
-def _open_bmp(data: bytes) -> Opened:
-    image = Image.open(io.BytesIO(data), formats=("BMP",))
-    mode = "RGBA" if image.mode == "RGBA" else "L" if image.mode in ("1", "L") else "RGB"
-    channels = {"L": 1, "RGB": 3, "RGBA": 4}[mode]
-    return Opened(
-        width=image.width,
-        height=image.height,
-        bits=8,
-        colours="gray" if mode == "L" else "rgb",
-        channels=channels,
-        samples=lambda: np.array(image.convert(mode)).reshape(image.height, image.width, channels),
-    )
-
-
-def _open_array(data: bytes) -> Opened:
-    stream = io.BytesIO(data)
-    try:
-        np.lib.format.read_magic(stream)
-        shape, _, dtype = np.lib.format.read_array_header_1_0(stream)
-    except ValueError as error:
-        raise PhotoError(f"an array whose header cannot be read: {error}") from error
-    if dtype not in (np.uint8, np.uint16) or not _is_image_shape(shape):
-        raise PhotoError(
-            f"an array of {dtype} and shape {shape}; expected uint8 or uint16 of"
-            " HxW, HxWx1, HxWx3 or HxWx4"
-        )
-    expected = stream.tell() + int(np.prod(shape)) * dtype.itemsize
-    if len(data) != expected:
-        raise PhotoError(f"an array of {len(data)} bytes, its header promises {expected}")
-    channels = shape[2] if len(shape) == 3 else 1
-    return Opened(
-        width=shape[1],
-        height=shape[0],
-        bits=8 * dtype.itemsize,
-        colours="gray" if channels == 1 else "rgb",
-        channels=channels,
-        samples=lambda: np.load(io.BytesIO(data), allow_pickle=False).reshape(*shape[:2], channels),
-    )
-
-
-_OPENERS = {"array": _open_array, "bmp": _open_bmp, "heic": open_heic}
-
-
-def _is_image_shape(shape: tuple[int, ...]) -> bool:
-    return len(shape) == 2 or (len(shape) == 3 and shape[2] in (1, 3, 4))
+_OPENERS = {"array": open_array, "bmp": open_bmp, "heic": open_heic}
 
 
 def _what_it_is_instead(data: bytes, name: str) -> str:
