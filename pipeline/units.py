@@ -129,6 +129,10 @@ def _inputs(
 def _place(
     part: Part, rows: Arrays, row: int, values: Mapping[str, np.ndarray], have: Arrays
 ) -> None:
+    """Put one photo's arrays in their rows.  Raises PhotoError where a number is not finite."""
+    for array in part.arrays:
+        if not np.isfinite(values[array.name]).all():
+            raise PhotoError(f"{array.name} came out with NaN or infinity: a model's fault")
     extent = values["extent"] if "extent" in values else have["extent"][row]
     for array in part.arrays:
         array.put(rows[array.name][row, ...], np.asarray(values[array.name]), extent)

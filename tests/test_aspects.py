@@ -12,6 +12,7 @@ from evenlight.cache.store import Store
 from evenlight.pipeline import config
 from evenlight.pipeline.correct import correct_files
 from evenlight.pipeline.models import Models
+from evenlight.pipeline.parts import ARRAY
 from evenlight.pipeline.precompute import precompute, regenerate
 
 SHORT = 16  # pixels, the least that is read
@@ -150,6 +151,37 @@ def test_a_photo_without_regions_stays_without_pseudo_gt_when_that_is_regenerate
     grid = config.build(overrides=["pseudo_gt.search=grid"], base=config.to_dict(SETTINGS))
     report = regenerate(tmp_path / "S", settings=grid)
     assert report.units_made == 2 and [name for name, _ in report.failed] == [NAMES[1]]
+
+
+class Spoiled:
+    """Of a toy's method: one number of the second answer is not finite."""
+
+    def __init__(self, method, value: float) -> None:
+        self.method, self.value, self.calls = method, value, 0
+
+    def __call__(self, *arguments):
+        self.calls += 1
+        answer = self.method(*arguments)
+        if self.calls == 2:
+            numbers = answer.p3 if hasattr(answer, "p3") else answer
+            numbers.reshape(-1)[1] = self.value
+        return answer
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+@pytest.mark.parametrize("model", ["segmenter", "clip"])
+def test_numbers_that_are_not_finite_stay_out_of_the_store(model, value, four, tmp_path):
+    models = Models(ToySegmenter(), ToyClip())
+    if model == "segmenter":
+        models.segmenter.segment = Spoiled(models.segmenter.segment, value)
+    else:
+        models.clip.embed = Spoiled(models.clip.embed, value)
+    report = precompute(four, tmp_path / "S", settings=SETTINGS, models=models)
+    assert [name for name, _ in report.failed] == [NAMES[1]]
+    assert "NaN or infinity" in report.failed[0][1]
+    with Store.open(tmp_path / "S") as store:
+        for name in ARRAY:
+            assert np.isfinite(store.rows(name, range(4))).all(), name
 
 
 def test_an_error_that_every_photo_would_meet_ends_the_run(four, tmp_path):

@@ -233,3 +233,14 @@ def test_shipped_weights_are_small_and_half_precision() -> None:
     assert path.stat().st_size < 23_000_000
     kinds = {t.dtype for t in load_file(path).values() if t.is_floating_point()}
     assert kinds == {torch.float16}
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite_are_refused(
+    value: float, tiny_weights: Path, tmp_path: Path
+) -> None:
+    weights = torch.load(tiny_weights, weights_only=True)
+    weights["visual.proj"][3, 3] = value
+    torch.save(weights, tmp_path / "bad.pt")
+    with pytest.raises(EnvironmentLacks, match=r"1 tensors hold NaN or infinity, .*visual\.proj"):
+        load_clip(tiny_settings(tmp_path / "bad.pt"))

@@ -205,6 +205,12 @@ def _load_shipped(settings: ClipSettings, device: str) -> Clip:
 
 def _clip(model: nn.Module, tokenizer: Any, known: ClipSettings, path: Path, device: str) -> Clip:
     """known: the settings, with the model's own values where they leave them to it."""
+    tensors = model.state_dict().items()
+    if bad := [name for name, x in tensors if x.is_floating_point() and not x.isfinite().all()]:
+        raise EnvironmentLacks(
+            f"{path} cannot be used as weights of {known.model}: {len(bad)} tensors hold NaN or "
+            f"infinity, first {bad[0]}"
+        )
     facts = {
         "model": known.model,
         "weights": sha256_file(path),
