@@ -63,17 +63,34 @@ def precompute(
     store: StoreOption,
     workers: Annotated[int | None, typer.Option(min=1, help="Local processes.")] = None,
     scheduler: Annotated[str, typer.Option(help="Address of a Dask cluster.")] = "",
+    prune: Annotated[
+        bool, typer.Option("--prune", help="Take away photos of the store that are not in PHOTOS.")
+    ] = False,
+    retry_failed: Annotated[
+        bool, typer.Option("--retry-failed", help="Try photos again that failed as they are.")
+    ] = False,
     config: ConfigOption = None,
     set_: SetOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Make or complete a store of priors: regions, embeddings, pseudo-ground-truth."""
+    """Make or complete a store of priors: regions, embeddings, pseudo-ground-truth.
+
+    Photos of another folder are added to those that a store holds.
+    """
     from evenlight.pipeline.precompute import precompute as run
 
     overrides = [*(set_ or []), *([f"run.workers={workers}"] if workers else [])]
+    overrides += ["run.retry_failed=true"] if retry_failed else []
     settings = _read(config, overrides)
     with progress() as on_progress:
-        report = run(photos, store, settings=settings, scheduler=scheduler, on_progress=on_progress)
+        report = run(
+            photos,
+            store,
+            settings=settings,
+            scheduler=scheduler,
+            prune=prune,
+            on_progress=on_progress,
+        )
     _finish_run(report, as_json)
     if report.failed:
         raise typer.Exit(SOME_FAILED)

@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -72,17 +72,20 @@ class Index:
         names = self.names[unit * self.unit_size : (unit + 1) * self.unit_size]
         return names + (None,) * (self.unit_size - len(names))
 
-    def updated(self, names: Iterable[str]) -> Self:
+    def updated(self, names: Iterable[str], *, closed: Collection[int] = ()) -> Self:
         """The index of the photos named now.
 
         Photos known before keep their slots, so that their units stay valid; those gone leave
-        holes; new ones, sorted, fill holes first and then the end.
+        holes; new ones, sorted, fill holes first and then the end.  closed: units that must stay
+        as they are, and so take no new photo.
         """
         wanted = set(names)
         slots = [name if name in wanted else None for name in self.names]
         new = sorted(wanted.difference(self.names), reverse=True)
+        if new and self.num_units - 1 in closed:
+            slots += [None] * (self.num_slots - len(slots))
         for slot, name in enumerate(slots):
-            if name is None and new:
+            if name is None and new and slot // self.unit_size not in closed:
                 slots[slot] = new.pop()
         return dataclasses.replace(self, names=(*slots, *reversed(new)))
 

@@ -7,7 +7,7 @@ makes it; so a change remakes exactly the parts it touches. Weights count by con
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from evenlight.cache.schema import SCHEMA, PhotoRecord, UnitRecord, fingerprint
+from evenlight.cache.schema import FAILED, SCHEMA, PhotoRecord, UnitRecord, fingerprint
 from evenlight.cache.store import Store
 from evenlight.pipeline.config import values_affecting
 from evenlight.pipeline.models import Models
@@ -59,6 +59,9 @@ def plan_unit(
     """Compare a unit's record with what it should be."""
     wanted = fingerprints(photos, settings, models)
     todo, reason = _stale(photos, record, wanted)
+    if record is not None and not todo and settings.run.retry_failed:
+        todo = _failed(record)
+        reason = "photos that failed are tried again" if todo else reason
     return UnitPlan(unit=unit, photos=photos, fingerprints=wanted, todo=todo, reason=reason)
 
 
@@ -86,6 +89,14 @@ def recorded_plans(
         record = store.record(unit)
         photos = record.photos if record else ()
         yield plan_unit(unit, photos, record, settings, models)
+
+
+def _failed(record: UnitRecord) -> tuple[str, ...]:
+    """The first part that failed of a photo, and those after it; records of old name none."""
+    failed = {photo.part for photo in record.photos if photo.status == FAILED}
+    names = tuple(part.name for part in PARTS)
+    first = min((names.index(part) if part else 0 for part in failed), default=len(names))
+    return names[first:]
 
 
 def _stale(

@@ -21,10 +21,16 @@ from evenlight.pipeline import config, schedule
 from evenlight.pipeline.config import Given
 from evenlight.pipeline.console import Progress, silent
 from evenlight.pipeline.models import Models, load_models
-from evenlight.pipeline.parts import PARTS, Tools, sizes
+from evenlight.pipeline.parts import FILE, PART, PARTS, Tools, sizes
 from evenlight.pipeline.plan import UnitPlan, judge, made_by, part_fingerprint, plan_unit
 from evenlight.pipeline.prompts import store_scorer
-from evenlight.pipeline.units import UnitTask, make_unit, make_unit_here, make_unit_in_worker
+from evenlight.pipeline.units import (
+    UNREAD,
+    UnitTask,
+    make_unit,
+    make_unit_here,
+    make_unit_in_worker,
+)
 from evenlight.stages.photos.find import PhotoSource, also_there, find_photos
 from evenlight.stages.settings import Settings
 
@@ -53,14 +59,18 @@ def precompute(
     settings: Given = None,
     models: Models | None = None,
     scheduler: str = "",
+    prune: bool = False,
     on_progress: Progress = silent,
 ) -> RunReport:
     """Make or complete a store of priors for the photos; resumes whatever an earlier run left.
 
-    photos: a photo, a folder (walked recursively) or an HDF5 file of images.  settings: changes
-    on top of those of the store.  models: loaded by the settings when None.  scheduler: address
-    of a Dask cluster; empty runs here, in `run.workers` processes.
-    Photos that cannot be used are listed in the report.
+    photos: a photo, a folder (walked recursively) or an HDF5 file of images; a store takes on
+    those of any number of folders.  settings: changes on top of those of the store.  models: loaded
+    by the settings when None.  scheduler: address of a Dask cluster; empty runs here, in
+    `run.workers` processes.  prune: photos of the store that are not among these are taken away.
+    Photos that cannot be used are listed in the report; they are tried again when their file is
+    readable again or differs, or by run.retry_failed.  Raises UsageError where a photo would have
+    to be made anew whose file is not among these.
     """
     started = time.monotonic()
     photos, settings = Path(photos), config.of_store(store, settings, making=True)
@@ -74,15 +84,21 @@ def precompute(
         for done, (name, source) in enumerate(sources.items(), 1):
             digests[name] = _digest(source)
             on_progress("photos read", done, len(sources))
+        absent = _absent(target, digests)
+        _tell_what_differs(target, photos, digests, absent, prune)
+        index = _updated(target.index, digests, {} if prune else absent)
         injected, models = models, models or load_models(settings)
-        _write_index(target, target.index.updated(sources), settings, photos)
         tools = Tools(settings, models, store_scorer(target, models.clip))
         sides = sizes(settings, models)
+        plans = _plans(target, index, absent | digests, tools)
+        _refuse_without_files(target, plans, sources, photos)
+        target.write_index(dataclasses.replace(index, source=str(photos.absolute())))
         target.ensure_arrays([spec for part in PARTS for spec in part.specs(sides)])
         _forget_round(target)
-        plans = _plans(target, digests, tools)
-        todo = [plan for plan in plans if plan.todo]
-        report = RunReport(units_kept=len(plans) - len(todo), passed_over=found.passed_over)
+        plans = _plans(target, index, absent | digests, tools)
+        todo = [plan for plan in plans if plan.todo and not _without_files(plan, sources)]
+        kept = sum(not plan.todo for plan in plans)
+        report = RunReport(units_kept=kept, passed_over=found.passed_over)
         tasks = [UnitTask(target.path, plan, _unit_sources(plan, sources)) for plan in todo]
         finished = schedule.run(
             functools.partial(make_unit_here, target, tools=tools),
@@ -92,8 +108,10 @@ def precompute(
             scheduler=scheduler,
         )
         for task in finished:
+            _record_settings(target, settings)
             _count(report, task.plan)
             on_progress("photos", report.photos_made, _num_photos(todo))
+        _record_settings(target, settings)
         _collect(target, report)
     report.seconds = time.monotonic() - started
     return report
@@ -114,13 +132,14 @@ def regenerate(
         tools = Tools(settings, None, store_scorer(target, None))
         plans = [_regenerate_plan(target, unit, tools) for unit in range(target.index.num_units)]
         _forget_round(target)
-        _write_index(target, target.index, settings, Path(target.index.source))
         todo = [plan for plan in plans if plan.todo]
         report = RunReport(units_kept=len(plans) - len(todo))
         for plan in todo:
             make_unit(target, plan, {}, tools)
+            _record_settings(target, settings)
             _count(report, plan)
             on_progress("photos", report.photos_made, _num_photos(todo))
+        _record_settings(target, settings)
         _collect(target, report)
     report.seconds = time.monotonic() - started
     return report
@@ -131,23 +150,94 @@ def _digest(source: PhotoSource) -> str:
     try:
         return sha256_bytes(source.read_bytes())
     except PhotoError:
-        return sha256_bytes(b"")
+        return UNREAD
 
 
-def _write_index(store: Store, index: Index, settings: Settings, source: Path) -> None:
+def _absent(store: Store, digests: Mapping[str, str]) -> dict[str, str]:
+    """Photos that the store names and that are not among those given: name -> sha256."""
+    made = {photo.name: photo.sha256 for record in store.records() for photo in record.photos}
+    names = [name for name in store.index.names if name is not None and name not in digests]
+    return {name: made.get(name, UNREAD) for name in names}
+
+
+def _tell_what_differs(
+    store: Store, photos: Path, digests: Mapping[str, str], absent: Mapping[str, str], prune: bool
+) -> None:
+    """Say, before it is done, what becomes of photos of the store by a look at other files."""
+    if absent:
+        become = "are taken away" if prune else "stay in it (--prune takes them away)"
+        log.warning(
+            "%d photos of store %s are not in %s: they %s", len(absent), store.path, photos, become
+        )
+    if store.index.source in ("", str(photos.absolute())):
+        return
+    others = sum(
+        photo.name is not None and digests.get(photo.name, photo.sha256) != photo.sha256
+        for record in store.records()
+        for photo in record.photos
+    )
+    if others:
+        log.warning(
+            "%d photos of %s take the places of others of the same names, from %s, in store %s",
+            others,
+            photos,
+            store.index.source,
+            store.path,
+        )
+
+
+def _updated(index: Index, digests: Mapping[str, str], absent: Mapping[str, str]) -> Index:
+    """The index with the photos given.  Units of absent ones stay as they are: what would be added
+    to one would make all of it anew, and their files are not here."""
+    units = range(index.num_units)
+    closed = [unit for unit in units if not absent.keys().isdisjoint(index.unit_names(unit))]
+    return index.updated([*digests, *absent], closed=closed)
+
+
+def _without_files(plan: UnitPlan, sources: Mapping[str, PhotoSource]) -> list[str]:
+    """Photos of a unit that are to be made from their files and whose files are not given."""
+    if not plan.todo or FILE not in PART[plan.todo[0]].reads:
+        return []
+    return [p.name for p in plan.photos if p.name is not None and p.name not in sources]
+
+
+def _refuse_without_files(
+    store: Store, plans: Sequence[UnitPlan], sources: Mapping[str, PhotoSource], photos: Path
+) -> None:
+    """Raise UsageError where finished work would be remade from files that are not given.
+
+    Units that were never made wait for them.
+    """
+    lacking = [
+        name
+        for plan in plans
+        if store.record(plan.unit) is not None
+        for name in _without_files(plan, sources)
+    ]
+    if lacking:
+        raise UsageError(
+            f"{len(lacking)} photos of the store would have to be made anew, and their files are "
+            f"not in {photos} ({lacking[0]} first): name the folder that holds them, or take them "
+            "out of the store with --prune"
+        )
+
+
+def _record_settings(store: Store, settings: Settings) -> None:
+    """Make the settings the store's own: only once a unit is made with them, or none had to be."""
     recorded = config.store_settings(settings)
-    store.write_index(dataclasses.replace(index, settings=recorded, source=str(source.absolute())))
+    if store.index.settings != recorded:
+        store.write_index(dataclasses.replace(store.index, settings=recorded))
 
 
-def _plans(store: Store, digests: Mapping[str, str], tools: Tools) -> list[UnitPlan]:
-    """The plan of every unit of the store."""
+def _plans(store: Store, index: Index, digests: Mapping[str, str], tools: Tools) -> list[UnitPlan]:
+    """The plan of every unit of the store under this index."""
     assert tools.models is not None
     makers = made_by(tools.models, tools.scorer.fingerprint)
     plans = []
-    for unit in range(store.index.num_units):
+    for unit in range(index.num_units):
         photos = tuple(
             EMPTY_SLOT if name is None else PhotoRecord(name=name, sha256=digests[name])
-            for name in store.index.unit_names(unit)
+            for name in index.unit_names(unit)
         )
         plans.append(plan_unit(unit, photos, store.record(unit), tools.settings, makers))
     return plans
@@ -202,7 +292,7 @@ def _refuse_other_changes(store: Store, settings: Settings) -> None:
 
 
 def _unit_sources(plan: UnitPlan, sources: Mapping[str, PhotoSource]) -> dict[str, PhotoSource]:
-    return {p.name: sources[p.name] for p in plan.photos if p.name is not None}
+    return {p.name: sources[p.name] for p in plan.photos if p.name and p.name in sources}
 
 
 def _num_photos(plans: Sequence[UnitPlan]) -> int:

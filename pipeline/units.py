@@ -21,6 +21,12 @@ from evenlight.pipeline.prompts import store_scorer
 from evenlight.stages.photos.find import PhotoSource
 from evenlight.stages.settings import Settings
 
+UNREAD = sha256_bytes(b"")  # digest of a file that could not be read
+
+
+class _UnreadError(PhotoError):
+    """The file was not as the plan saw it: recorded as unread, it counts as changed later."""
+
 
 def make_unit(
     store: Store, plan: UnitPlan, sources: Mapping[str, PhotoSource], tools: Tools
@@ -107,8 +113,13 @@ def _make_part(
                     values = part.make(inputs, tools)
                 _place(part, rows, row, values, have)
             except PhotoError as error:
-                reason = str(error)
-                photo = dataclasses.replace(photo, status=FAILED, reason=reason, part=part.name)
+                photo = dataclasses.replace(
+                    photo,
+                    sha256=UNREAD if isinstance(error, _UnreadError) else photo.sha256,
+                    status=FAILED,
+                    reason=str(error),
+                    part=part.name,
+                )
         outcome.append(photo)
     return rows, outcome
 
@@ -120,9 +131,12 @@ def _inputs(
     if FILE not in part.reads:
         return cut(have, row, part.reads)
     assert photo.name is not None
-    data = sources[photo.name].read_bytes()
+    try:
+        data = sources[photo.name].read_bytes()
+    except PhotoError as error:
+        raise _UnreadError(str(error)) from error
     if sha256_bytes(data) != photo.sha256:
-        raise PhotoError("the file changed while this run was reading it")
+        raise _UnreadError("the file changed while this run was reading it")
     return {FILE: (photo.name, data)}
 
 

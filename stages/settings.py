@@ -265,6 +265,7 @@ class RunSettings(Section):
     device: str = setting("auto", "run")  # auto, cpu, cuda, cuda:1
     unit_size: int = a_count(32, "run", high=4096)  # photos per unit; fixed when a store is made
     workers: int = a_count(1, "run", high=1024)  # processes; 1 runs in this one
+    retry_failed: bool = setting(False, "run")  # photos that failed are tried again as they are
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -30,7 +30,9 @@ SMALL = ["photo.size=64", "run.unit_size=2", "ladder.regions=3"]
 COMMON = {"--config", "--set", "--json"}
 # Every command and its options.  A new one is added here on purpose, with its line in the README.
 SURFACE = {
-    "precompute": {"photos", "-s", "--store", "--workers", "--scheduler"} | COMMON,
+    "precompute": {"photos", "-s", "--store", "--workers", "--scheduler", "--prune"}
+    | {"--retry-failed"}
+    | COMMON,
     "tune-clip": {"-s", "--store"} | COMMON,
     "regenerate": {"-s", "--store"} | COMMON,
     "train": {"-s", "--store", "-o", "--out"} | COMMON,

@@ -1,6 +1,7 @@
 """Precompute end to end with toy models: resume, staleness, failures, nothing done twice."""
 
 import os
+import shutil
 import signal
 import time
 
@@ -8,7 +9,7 @@ import numpy as np
 import pytest
 from toys import ToyClip, ToySegmenter, write_photos
 
-from evenlight.cache.errors import StoreError
+from evenlight.cache.errors import EnvironmentLacks, PhotoError, StoreError, UsageError
 from evenlight.cache.files import write_json
 from evenlight.cache.schema import PARTS, parts_from
 from evenlight.cache.store import Store
@@ -18,6 +19,7 @@ from evenlight.pipeline.plan import plan_unit
 from evenlight.pipeline.precompute import precompute, regenerate
 from evenlight.pipeline.prompts import store_scorer, tune_clip
 from evenlight.pipeline.train import train
+from evenlight.stages.photos.find import PhotoSource
 from evenlight.stages.priors.prompts import Scorer
 
 SMALL = ["photo.size=64", "run.unit_size=2", "ladder.regions=3"]
@@ -45,8 +47,6 @@ def finished(photos, tmp_path_factory):
 
 
 def copy(finished, tmp_path):
-    import shutil
-
     return shutil.copytree(finished[0], tmp_path / "S")
 
 
@@ -64,8 +64,6 @@ def test_a_second_run_makes_nothing(photos, finished, tmp_path):
 
 
 def test_touching_moving_and_renaming_the_folder_remakes_nothing(photos, finished, tmp_path):
-    import shutil
-
     moved = shutil.copytree(photos, tmp_path / "elsewhere")
     for path in moved.iterdir():
         os.utime(path)
@@ -78,8 +76,6 @@ def test_touching_moving_and_renaming_the_folder_remakes_nothing(photos, finishe
 def test_one_changed_byte_of_the_same_size_and_time_remakes_that_unit_only(
     photos, finished, tmp_path
 ):
-    import shutil
-
     changed = shutil.copytree(photos, tmp_path / "photos")
     target = sorted(changed.iterdir())[0]
     stat = target.stat()
@@ -92,8 +88,6 @@ def test_one_changed_byte_of_the_same_size_and_time_remakes_that_unit_only(
 
 
 def test_bad_files_are_named_with_a_reason_and_the_rest_is_made(photos, tmp_path):
-    import shutil
-
     folder = shutil.copytree(photos, tmp_path / "photos")
     (folder / "page.jpg").write_bytes(b"<html>not a photo</html>")
     whole = (folder / "photo_000.png").read_bytes()
@@ -239,15 +233,175 @@ def test_prompts_that_fail_their_check_leave_the_former_ones(finished, tmp_path)
     assert report.prompts == before
 
 
-def test_a_vanished_and_a_new_photo_touch_one_unit_each(photos, finished, tmp_path):
-    import shutil
+def moved_photos(photos, folder, names):
+    folder.mkdir()
+    for source, target in names.items():
+        shutil.copy(photos / source, folder / target)
+    return folder
 
+
+def names_of(store) -> list[str]:
+    with Store.open(store) as opened:
+        slots = opened.slots("pseudo_gt")
+        return sorted(str(opened.index.names[slot]) for slot in slots)
+
+
+def test_another_folder_adds_its_photos_and_leaves_what_is_done(photos, finished, tmp_path, caplog):
+    store = copy(finished, tmp_path)
+    more = moved_photos(
+        photos, tmp_path / "more", {"photo_000.png": "a.png", "photo_001.png": "b.png"}
+    )
+    before = dict(enumerate(records(store)))
+    models = toys()
+    report = precompute(more, store, settings=SETTINGS, models=models)
+    assert (report.photos, report.units_made, models.segmenter.photos) == (7, 1, 2)
+    assert "5 photos of store" in caplog.text and "stay in it" in caplog.text
+    assert names_of(store) == ["a.png", "b.png", *sorted(p.name for p in photos.iterdir())]
+    after = records(store)
+    assert [after[unit] for unit in before] == list(before.values())
+    for folder in (photos, more):
+        assert precompute(folder, store, settings=SETTINGS, models=toys()).units_made == 0
+
+
+def records(store):
+    with Store.open(store) as opened:
+        assert opened.verify() == []
+        return list(opened.records())
+
+
+def test_photos_are_taken_away_only_on_request_and_told_of(photos, finished, tmp_path, caplog):
     folder = shutil.copytree(photos, tmp_path / "photos")
     (folder / "photo_001.png").unlink()
     store = copy(finished, tmp_path)
-    assert precompute(folder, store, settings=SETTINGS, models=toys()).units_made == 1
+    assert precompute(folder, store, settings=SETTINGS, models=toys()).units_made == 0
+    assert len(names_of(store)) == 5 and digest(store) == finished[1]
+    told = []
+
+    def watch(*_):
+        told.append(caplog.text)
+
+    report = precompute(
+        folder, store, settings=SETTINGS, models=toys(), prune=True, on_progress=watch
+    )
+    assert report.units_made == 1 and len(names_of(store)) == 4
+    assert "1 photos of store" in told[-1] and "are taken away" in told[-1]
+
+
+def test_what_a_stopped_run_left_of_another_folder_waits_for_its_files(photos, finished, tmp_path):
+    def stop(what, done, _):
+        if what == "photos" and done >= 2:
+            raise KeyboardInterrupt
+
+    store = tmp_path / "S"
+    with pytest.raises(KeyboardInterrupt):
+        precompute(photos, store, settings=SETTINGS, models=toys(), on_progress=stop)
+    more = moved_photos(photos, tmp_path / "more", {"photo_000.png": "a.png"})
+    assert precompute(more, store, settings=SETTINGS, models=toys()).units_made == 1
     with Store.open(store) as opened:
-        assert len(opened.slots("pseudo_gt")) == 4
+        assert opened.info()["photos"] == {"ok": 3, "failed": 0, "waiting": 3, "holes": 1}
+    assert precompute(photos, store, settings=SETTINGS, models=toys()).units_made == 2
+    assert len(names_of(store)) == 6
+
+
+def test_what_cannot_be_made_anew_without_its_file_is_refused_before_anything_is_touched(
+    photos, finished, tmp_path
+):
+    store = copy(finished, tmp_path)
+    more = moved_photos(photos, tmp_path / "more", {"photo_000.png": "a.png"})
+    larger = config.build(overrides=[*SMALL, "photo.size=96"])
+    with pytest.raises(UsageError, match=r"5 photos .*not in .*more .*photo_000\.png.*--prune"):
+        precompute(more, store, settings=larger, models=toys())
+    assert digest(store) == finished[1] and len(names_of(store)) == 5
+    report = precompute(more, store, settings=larger, models=toys(), prune=True)
+    assert report.failed == [] and names_of(store) == ["a.png"]
+
+
+def test_later_parts_of_photos_of_another_folder_are_remade_from_the_cache(
+    photos, finished, tmp_path
+):
+    store = copy(finished, tmp_path)
+    more = moved_photos(photos, tmp_path / "more", {"photo_000.png": "a.png"})
+    report = precompute(more, store, settings=SETTINGS, models=toys(clip=1))
+    assert report.parts_made == {"photo": 1, "regions": 1, "embeddings": 4, "pseudo_gt": 4}
+    assert report.failed == [] and len(names_of(store)) == 6
+
+
+def test_photos_of_the_same_names_and_other_content_are_told_of(photos, finished, tmp_path, caplog):
+    store = copy(finished, tmp_path)
+    other = moved_photos(photos, tmp_path / "other", {"photo_000.png": "photo_001.png"})
+    precompute(other, store, settings=SETTINGS, models=toys(), prune=True)
+    assert "1 photos of" in caplog.text and "take the places of others" in caplog.text
+
+
+# Failures and settings
+
+
+def test_a_photo_that_could_not_be_read_for_a_moment_is_made_by_the_next_run(
+    photos, finished, tmp_path, monkeypatch
+):
+    read, calls = PhotoSource.read_bytes, []
+
+    def once_away(source):
+        calls.append(source.name)
+        # seen by the digest, gone when it is decoded
+        if source.name == "photo_001.png" and calls.count(source.name) == 2:
+            raise PhotoError("cannot be read: Stale file handle")
+        return read(source)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(PhotoSource, "read_bytes", once_away)
+        report = precompute(photos, tmp_path / "S", settings=SETTINGS, models=toys())
+    assert report.failed == [("photo_001.png", "cannot be read: Stale file handle")]
+    report = precompute(photos, tmp_path / "S", settings=SETTINGS, models=toys())
+    assert (report.failed, report.units_made) == ([], 1)
+    assert digest(tmp_path / "S") == finished[1]
+
+
+def test_failed_photos_are_tried_again_where_asked_and_only_the_part_that_failed(
+    photos, finished, tmp_path
+):
+    class OutOfMemoryOnce(ToySegmenter):
+        def segment(self, photo_HW3):
+            regions = super().segment(photo_HW3)
+            if self.photos == 4:
+                raise MemoryError
+            return regions
+
+    store = tmp_path / "S"
+    models = Models(OutOfMemoryOnce(), ToyClip())
+    report = precompute(photos, store, settings=SETTINGS, models=models)
+    assert [name for name, _ in report.failed] == ["photo_003.png"]
+    assert precompute(photos, store, settings=SETTINGS, models=toys()).units_made == 0
+    again = config.build(overrides=[*SMALL, "run.retry_failed=true"])
+    report = precompute(photos, store, settings=again, models=toys())
+    assert report.parts_made == {"regions": 1, "embeddings": 1, "pseudo_gt": 1}
+    assert report.failed == [] and digest(store) == finished[1]
+    assert precompute(photos, store, settings=again, models=toys()).units_made == 0
+
+
+def test_settings_become_the_stores_own_only_once_a_unit_is_made_with_them(
+    photos, finished, tmp_path
+):
+    class Refuses(ToySegmenter):
+        def segment(self, photo_HW3):
+            raise EnvironmentLacks("this setting cannot be followed here")
+
+    store = copy(finished, tmp_path)
+    changed = config.build(overrides=[*SMALL, "regions.iou=0.7"])
+    models = Models(Refuses(), ToyClip())
+    with pytest.raises(EnvironmentLacks):
+        precompute(photos, store, settings=changed, models=models)
+    with Store.open(store) as opened:
+        own = config.build(base=opened.index.settings)
+    assert own.regions.iou == SETTINGS.regions.iou
+    assert precompute(photos, store, settings=SETTINGS, models=toys()).units_made == 0
+    assert digest(store) == finished[1]
+    precompute(photos, store, settings=changed, models=toys())
+    with Store.open(store) as opened:
+        assert opened.index.settings["regions"]["iou"] == 0.7
+
+
+# Kills
 
 
 def run_in_child(work) -> int:

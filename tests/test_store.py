@@ -106,6 +106,13 @@ def test_photos_keep_their_slots_and_new_ones_fill_holes_first(histories, unit_s
         assert index.num_slots == len(units) * unit_size < len(index.names) + unit_size
 
 
+def test_units_that_must_stay_take_no_new_photo():
+    index = Index(names=("a", None, "b", None, "c"), unit_size=2)
+    assert index.updated("abcxy", closed=[0]).names == ("a", None, "b", "x", "c", "y")
+    assert index.updated("abcx", closed=[0, 1, 2]).names == ("a", None, "b", None, "c", None, "x")
+    assert index.updated("abc", closed=[2]) == index
+
+
 def test_a_fingerprint_depends_on_every_value_and_not_on_their_order():
     assert fingerprint(a=1, b=(2.5, "x")) == fingerprint(b=[2.5, "x"], a=1)
     assert len({fingerprint(a=1), fingerprint(a=2), fingerprint(b=1), fingerprint(a="1")}) == 4
