@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from evenlight.pipeline.correct import correct, correct_files
     from evenlight.pipeline.evaluate import evaluate
+    from evenlight.pipeline.judge import tune_clip
     from evenlight.pipeline.load import load_predictor
     from evenlight.pipeline.precompute import precompute, regenerate
-    from evenlight.pipeline.prompts import tune_clip
     from evenlight.pipeline.train import train
     from evenlight.stages.corrector.predictor import Predictor
 
@@ -31,7 +31,7 @@ _HOMES = {
     "precompute": "evenlight.pipeline.precompute",
     "regenerate": "evenlight.pipeline.precompute",
     "train": "evenlight.pipeline.train",
-    "tune_clip": "evenlight.pipeline.prompts",
+    "tune_clip": "evenlight.pipeline.judge",
 }
 
 

@@ -20,6 +20,7 @@ from evenlight.pipeline.console import (
 )
 
 SOME_FAILED, USAGE, STORE, ENVIRONMENT = 1, 2, 3, 4
+ALL_PHOTOS = ["judge.prior_good=0"]  # a priori no photo is good
 EXIT_CODES: tuple[tuple[type[EvenlightError], int], ...] = (
     (UsageError, USAGE),
     (StoreError, STORE),
@@ -103,14 +104,12 @@ def tune_clip(
     set_: SetOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Tune the prompts that judge exposure, from the embeddings of a store."""
-    from evenlight.pipeline.prompts import tune_clip as run
+    """Tune the judge, its strengths and its words, from the cached tensors of a store."""
+    from evenlight.pipeline.judge import tune_clip as run
 
     report = run(store, settings=_read(config, set_))
-    verdict = "accepted" if report.accepted else "NOT accepted: the former prompts stay"
-    stderr.print(f"tuned prompts {verdict}")
-    for name, value in report.figures.items():
-        stderr.print(f"  {name}: {value}")
+    for sentence in report.sentences():
+        stderr.print(sentence)
     emit(report, as_json)
 
 
@@ -189,6 +188,9 @@ def correct(
         float, typer.Option(min=0, max=1, help="0 leaves photos as they are, 1 is all.")
     ] = 1.0,
     overwrite: Annotated[bool, typer.Option(help="Replace outputs of earlier runs.")] = False,
+    everything: Annotated[
+        bool, typer.Option("--all", help="Correct good photos too, as published protocols do.")
+    ] = False,
     config: ConfigOption = None,
     set_: SetOption = None,
     as_json: JsonOption = False,
@@ -203,7 +205,7 @@ def correct(
             model=model,
             strength=strength,
             overwrite=overwrite,
-            settings=_read(config, set_),
+            settings=_read(config, [*(set_ or []), *(ALL_PHOTOS if everything else [])]),
             on_progress=on_progress,
         )
     there = f", {len(report.skipped)} were there already (--overwrite replaces them)"

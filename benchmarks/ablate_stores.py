@@ -15,17 +15,14 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from evenlight.cache.errors import UsageError
-from evenlight.cache.store import Store
-from evenlight.pipeline import config, prompts
-from evenlight.pipeline.models import load_models
+from evenlight.pipeline import config
 from evenlight.pipeline.precompute import precompute
 from evenlight.stages.corrector.inputs import rule_corrected
 from evenlight.stages.photos.decode import decode
 from evenlight.stages.priors.fastsam import build_network
-from evenlight.stages.priors.prompts import tune
 from evenlight.stages.settings import Settings
 from evenlight.stages.weights import shipped
-from recipes.meter.train import HOLD_OUT, scene_folders
+from recipes.judge.photos import HOLD_OUT, scene_folders
 
 PHOTO_SIZE = 256
 NUM_SCENES = 48  # about 400 photos: more than a short run looks at
@@ -85,21 +82,6 @@ def make_store(name: str, work: Path) -> Path:
     return store
 
 
-def force_tuned_prompts(work: Path, store: Path, settings: Settings) -> None:
-    """Tuned prompts in force, though `tune-clip` refuses them.
-
-    Its check compares with the untuned words and cannot be set aside by settings, nor should a
-    user want to: hence the package's own parts.
-    """
-    clip = load_models(settings).clip
-    with Store.create_or_open(store) as target:
-        result = tune(clip, prompts.ladders(target, settings), settings.prompts)
-        if "last_loss" not in result.report:
-            raise UsageError(f"no prompts were tuned on {store}: {result.report['reason']}")
-        prompts.write_prompts(target, result.scorer, clip, tuned=True)
-    print(f"tuned prompts, accepted: {result.accepted}: {result.report}", flush=True)
-
-
 def draw_priors(work: Path, store: Path, settings: Settings) -> None:
     """A FastSAM and a CLIP of the shipped architectures, never trained, where settings name them.
 
@@ -141,8 +123,10 @@ def fill_statistics(network: nn.Module, photos: Tensor) -> None:
 STORES = {
     "full": Recipe(),
     "global": Recipe(copied_from="full", overrides=("pseudo_gt.regional=false",)),
-    "tuned": Recipe(copied_from="full", prepare=force_tuned_prompts),
-    "gamma": Recipe(copied_from="full", overrides=("ladder.family=gamma", "network.family=gamma")),
+    "gamma": Recipe(
+        copied_from="full",
+        overrides=("ladder.family=gamma", "network.family=gamma", "pseudo_gt.search=grid"),
+    ),
     "random": Recipe(
         prepare=draw_priors,
         overrides=(

@@ -30,8 +30,15 @@ PRESETS: dict[str, dict[str, Any]] = {
         "network.size": "paper",
         "network.head": "residual",
         "losses.faithful": True,
-        "losses.identity": 0.0,
-        "losses.consistency": 0.0,
+        "losses.data": 0.6,
+        "losses.edges": 0.0,
+        "losses.colour": 0.1,
+        "losses.clipped": 0.0,
+        "losses.semantic": 0.15,
+        "losses.prompt": 0.15,
+        "train.good": 0,
+        "train.scenes": 0,
+        "train.bad": 8,
     },
 }
 
@@ -79,12 +86,29 @@ def of_store(store: str | Path, given: Given = None, *, making: bool = False) ->
     if not making or Path(store).exists():
         try:
             with Store.open(store) as opened:
-                base = opened.index.settings
+                base = known(opened.index.settings)
         except StoreError as error:
             if not making:
                 raise
             log.warning("%s\nits settings are unknown: taking the defaults", error)
     return resolve(given, base)
+
+
+def known(recorded: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of a store that this version knows, by key; a warning names the others.
+
+    Those of an older evenlight may be gone, or allow other values: the defaults take their place,
+    and what they decided is made anew.
+    """
+    found: dict[str, Any] = {}
+    for key, value in flatten(recorded).items():
+        try:
+            _sections({key: value})
+        except UsageError as error:
+            log.warning("a setting of the store is of another version of evenlight: %s", error)
+        else:
+            found[key] = value
+    return found
 
 
 def to_dict(settings: Settings) -> dict[str, Any]:
@@ -128,6 +152,11 @@ def flatten(nested: Mapping[str, Any]) -> dict[str, Any]:
 
 def from_flat(flat: Mapping[str, Any]) -> Settings:
     """Settings from dotted keys; unknown keys and wrong types are refused with the nearest key."""
+    return Settings(**_sections(flat))
+
+
+def _sections(flat: Mapping[str, Any]) -> dict[str, Any]:
+    """The sections that some keys speak of, each checked by itself."""
     types = setting_types()
     sections: dict[str, dict[str, Any]] = {}
     for key, value in flat.items():
@@ -138,7 +167,7 @@ def from_flat(flat: Mapping[str, Any]) -> Settings:
         section, name = key.split(".")
         sections.setdefault(section, {})[name] = _coerced(key, value, types[key])
     section_types = get_type_hints(Settings)
-    return Settings(**{name: section_types[name](**fields) for name, fields in sections.items()})
+    return {name: section_types[name](**fields) for name, fields in sections.items()}
 
 
 def setting_types() -> dict[str, Any]:

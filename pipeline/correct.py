@@ -134,7 +134,7 @@ def _correct_one(
 
 def _corrected(photo: Photo, predictor: Predictor, strength: float) -> Photo:
     """The photo with corrected pixels; gray stays gray, though the corrector may tint it."""
-    pixels = predictor.correct(photo.pixels, strength)
+    pixels = predictor.correct(photo.pixels, strength, photo.alpha)
     if photo.gray:
         mean = np.rint(pixels.mean(2, keepdims=True)).astype(pixels.dtype)
         pixels = np.repeat(mean, 3, axis=2)

@@ -19,9 +19,9 @@ from evenlight.pipeline import config
 from evenlight.pipeline.console import Progress, silent
 from evenlight.pipeline.correct import correct_files
 from evenlight.pipeline.evaluate import Evaluation, evaluate
+from evenlight.pipeline.judge import tune_clip
 from evenlight.pipeline.load import load_predictor
 from evenlight.pipeline.precompute import precompute, regenerate
-from evenlight.pipeline.prompts import tune_clip
 from evenlight.pipeline.report import Example, write_report
 from evenlight.pipeline.train import train
 from evenlight.stages.corrector.predictor import Predictor
@@ -79,9 +79,7 @@ def demo(
         f"A small run: {result.steps} training steps on re-exposed copies of "
         f"{len(originals) - len(HELD_OUT)} photos; the table is measured on the held-out photos "
         f"{' and '.join(HELD_OUT)}.",
-        "Tuned prompts passed their own check and are in force."
-        if tuned.accepted
-        else "Tuned prompts did not pass their own check, so the untuned ones stay in force.",
+        "Tuning the judge: " + "; ".join(tuned.sentences()) + ".",
     ]
     write_report(
         out / "report.html",

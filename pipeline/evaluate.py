@@ -1,6 +1,7 @@
 """Evaluate models and baselines on sets of photos: one table, protocol printed."""
 
 import csv
+import dataclasses
 import functools
 import io
 import itertools
@@ -33,9 +34,14 @@ COLUMNS = {  # figure of a row: heading, decimals
     "ssim": ("SSIM", 3),
     "colour": ("CIEDE2000", 2),
     "gain_psnr": ("PSNR/gain", 2),
+    "lost_colour": ("lost/colour", 2),
+    "lost_chroma": ("lost/chroma", 2),
+    "bands": ("bands", 2),
+    "grey": ("grey", 3),
     "change": ("change", 2),
     "tint": ("tint", 2),
     "luma": ("luma", 1),
+    "noise": ("noise", 2),
     "agreement": ("agreement", 2),
 }
 
@@ -52,9 +58,14 @@ class Row:
     ssim: float | None
     colour: float | None
     gain_psnr: float | None
+    lost_colour: float | None  # None where no photo is clipped, likewise the next three
+    lost_chroma: float | None
+    bands: float | None
+    grey: float | None
     change: float | None
     tint: float | None  # None where no photo is blown
     luma: float | None
+    noise: float | None  # None where no photo is dark anywhere
     agreement: float | None  # None where no scene has two photos
 
     def shown(self) -> list[str]:
@@ -115,8 +126,11 @@ def evaluate(
         if str(path) in methods:
             raise UsageError(f"model {path} is named twice")
         predictor = load_predictor(path, settings=settings)
+        everything = correcting_all(predictor)
+        methods[f"film, judge of {path}"] = _blind(everything.on_curve)
         methods[f"pseudo-GT of {path}"] = _blind(functools.partial(_pseudo_gt, predictor))
         methods[str(path)] = _blind(predictor.correct)
+        methods[f"{path} --all"] = _blind(everything.correct)
     rows: list[Row] = []
     sets: dict[str, str] = {}
     for name, found in listed.items():
@@ -128,7 +142,7 @@ def evaluate(
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Opened:
+class Opened:
     """A case, its files read.  Pictures: uint8 H,W,3.  mask: bool H,W, None where all counts."""
 
     photo: np.ndarray
@@ -143,7 +157,7 @@ class _Opened:
         return "under" if self.photo[where].mean() < self.reference[where].mean() else "over"
 
 
-_Method = Callable[[_Opened], np.ndarray]
+_Method = Callable[[Opened], np.ndarray]
 
 
 def _blind(method: Callable[[np.ndarray], np.ndarray]) -> _Method:
@@ -154,11 +168,18 @@ def _blind(method: Callable[[np.ndarray], np.ndarray]) -> _Method:
 def _told(oracle: Oracle) -> _Method:
     """A method that sees the answer."""
 
-    def method(opened: _Opened) -> np.ndarray:
+    def method(opened: Opened) -> np.ndarray:
         assert opened.reference is not None
         return oracle(opened.photo, opened.reference, opened.mask)
 
     return method
+
+
+def correcting_all(predictor: Predictor) -> Predictor:
+    """The predictor as `correct --all` uses it: no photo is left alone for being probably good."""
+    settings = predictor.settings
+    judge = dataclasses.replace(settings.judge, prior_good=0.0)
+    return dataclasses.replace(predictor, settings=dataclasses.replace(settings, judge=judge))
 
 
 def _pseudo_gt(predictor: Predictor, photo: np.ndarray) -> np.ndarray:
@@ -183,7 +204,7 @@ def _measure_all(
     for _, scene in itertools.groupby(found, key=lambda case: case.name):
         outputs: dict[str, list[np.ndarray]] = {method: [] for method in methods}
         for case in scene:
-            opened = _open(case)
+            opened = open_case(case)
             digests.append([case.name, case.side, case.ev, *opened.digests])
             side = case.side or opened.side
             for name, method in methods.items():
@@ -198,7 +219,7 @@ def _measure_all(
     return measured, fingerprint(photos=digests)
 
 
-def _open(case: Case) -> _Opened:
+def open_case(case: Case) -> Opened:
     """Read the files of a case.  Raises UsageError where they do not fit each other."""
     photo, digest = _read(case.photo)
     reference = mask = None
@@ -215,7 +236,7 @@ def _open(case: Case) -> _Opened:
             raise UsageError(f"{case.mask} is all black: nothing of {case.photo} would be scored")
         digests.append(digest)
     photo, reference = case.prepare(photo, reference)
-    return _Opened(photo=photo, reference=reference, mask=mask, digests=digests)
+    return Opened(photo=photo, reference=reference, mask=mask, digests=digests)
 
 
 def _refuse_other_size(path: Path, photo: np.ndarray, what: str, other: np.ndarray) -> None:

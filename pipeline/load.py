@@ -9,14 +9,15 @@ from evenlight.pipeline.config import Given
 from evenlight.pipeline.models import choose_device, load_models, priors_of
 from evenlight.stages.corrector.checkpoint import load_corrector
 from evenlight.stages.corrector.predictor import Predictor
-from evenlight.stages.priors.prompts import Scorer
+from evenlight.stages.priors.judge import Judge
 from evenlight.stages.settings import Settings
 from evenlight.stages.weights import shipped
 
-# What may differ from training: where it runs, which photos are too large, and where weights lie
-# (their content is checked).  Everything else is part of what the corrector learned.
+# What may differ from training: where it runs, which photos are too large, where weights lie
+# (their content is checked), and how readily photos are left alone.  Everything else is part of
+# what the corrector learned.
 OPEN_SETTINGS = (
-    "run.device", "photo.max_megapixels", "regions.segmenter", "clip.weights",
+    "run.device", "photo.max_megapixels", "regions.segmenter", "clip.weights", "judge.prior_good",
 )  # fmt: skip
 
 
@@ -34,10 +35,8 @@ def load_predictor(model: str | Path | None = None, *, settings: Given = None) -
     network, info, extra = load_corrector(folder)
     complete = _settings(folder, info["settings"], settings)
     models = load_models(complete)
-    scorer = Scorer.from_tensors(
-        {key.removeprefix("scorer."): value for key, value in extra.items()}
-    )
-    found = priors_of(models, scorer.fingerprint)
+    judge = Judge({key.removeprefix("judge."): value for key, value in extra.items()})
+    found = priors_of(models, judge.fingerprint)
     for prior, wanted in info["priors"].items():
         if found[prior] != wanted:
             raise StoreError(
@@ -49,7 +48,7 @@ def load_predictor(model: str | Path | None = None, *, settings: Given = None) -
         settings=complete,
         segmenter=models.segmenter,
         clip=models.clip,
-        scorer=scorer,
+        judge=judge,
     )
 
 

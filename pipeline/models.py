@@ -24,12 +24,12 @@ def load_models(settings: Settings) -> Models:
     return Models(_segmenter(settings.regions, device), _clip(settings.clip, device))
 
 
-def priors_of(models: Models, prompts: str) -> dict[str, str]:
+def priors_of(models: Models, judge: str) -> dict[str, str]:
     """Fingerprints of the priors a corrector depends on."""
     return {
         "segmenter": models.segmenter.fingerprint,
         "clip": models.clip.fingerprint,
-        "prompts": prompts,
+        "judge": judge,
     }
 
 

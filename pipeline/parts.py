@@ -4,7 +4,8 @@ Planning, reading, placing, `cache info` and the table in docs/architecture.md f
 array, or another maker, is a change of rows here.
 """
 
-# S side of the canvas, K ladder strengths, R regions, J region strengths, C P3, D embedding
+# S side of the canvas, K rungs, L the photo and its rungs, R regions, C P3, D embedding, T tones,
+# B strengths of the judge
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,13 +18,15 @@ from evenlight.pipeline.models import Models
 from evenlight.stages.corrector.inputs import rule_corrected
 from evenlight.stages.photos.canvas import place
 from evenlight.stages.photos.decode import decode
+from evenlight.stages.photos.visible import visible
+from evenlight.stages.priors import judge as judging
+from evenlight.stages.priors.judge import Judge
 from evenlight.stages.priors.ladder import embed_photo
-from evenlight.stages.priors.protocols import Judge
 from evenlight.stages.priors.pseudo_gt import choose
 from evenlight.stages.settings import Settings
 
 Arrays = dict[str, np.ndarray]
-PROMPTS = "prompts"  # the note that holds them (pipeline/prompts.py)
+JUDGE = "judge"  # the note that holds it (pipeline/judge.py)
 FILE = "file"  # what the first part reads: no array, but the photo's name and bytes
 
 
@@ -33,7 +36,7 @@ class Tools:
 
     settings: Settings
     models: Models | None
-    scorer: Judge
+    judge: Judge
 
 
 @dataclass(frozen=True)
@@ -105,8 +108,8 @@ def canvas(
 @dataclass(frozen=True)
 class Part:
     """reads: what `make` gets of one photo, cut to its extent (which every part but the first may
-    rely on).  by: whose fingerprint counts: a model, or the judge (prompts and meter).  notes: of
-    the store, that the judge is kept in."""
+    rely on).  by: whose fingerprint counts: a model, or the judge.  notes: of the store, that the
+    judge is kept in."""
 
     name: str
     reads: tuple[str, ...]
@@ -125,8 +128,10 @@ def sizes(settings: Settings, models: Models | None = None) -> dict[str, int]:
     return {
         "S": settings.photo.size,
         "K": len(ladder.offsets),
+        "L": 1 + len(ladder.offsets),
         "R": ladder.regions,
-        "J": len(ladder.region_offsets),
+        "T": judging.NUM_TONES,
+        "B": len(judging.STRENGTHS),
     } | ({"C": models.segmenter.p3_channels, "D": models.clip.dim} if models else {})
 
 
@@ -134,7 +139,7 @@ def _photo(have: Mapping[str, Any], tools: Tools) -> Arrays:
     settings = tools.settings.photo
     name, data = have[FILE]
     decoded = decode(data, name, max_megapixels=settings.max_megapixels)
-    pixels, extent = place(decoded.pixels, settings.size)
+    pixels, extent = place(visible(decoded.pixels, decoded.alpha, settings.size), settings.size)
     return {"photo": pixels, "extent": np.array([extent.height, extent.width])}
 
 
@@ -150,8 +155,7 @@ def _embeddings(have: Mapping[str, Any], tools: Tools) -> Arrays:
 
 
 def _pseudo_gt(have: Mapping[str, Any], tools: Tools) -> Arrays:
-    ladder, settings = tools.settings.ladder, tools.settings.pseudo_gt
-    return choose(have["photo"], have["regions"], dict(have), tools.scorer, ladder, settings)
+    return choose(have["photo"], have["regions"], dict(have), tools.judge, tools.settings)
 
 
 PARTS = (
@@ -167,8 +171,11 @@ PARTS = (
     Part("embeddings", reads=("photo", "regions"), by="clip", make=_embeddings, arrays=(
         value("clip_photo", "float32", "D"),
         value("clip_ladder", "float16", "K", "D"),
-        value("clip_regions", "float16", "R", "J", "D"),
+        value("clip_regions", "float16", "R", "D"),
         value("region_labels", "uint8", "R"),
+        value("region_areas", "float32", "R"),
+        value("region_tones", "float32", "R", "T"),
+        value("tones", "float32", "L", "T"),
         value("rule_strength", "float32"),
         value("ladder_clipped", "float32", "K"),
         value("mean_luma", "float32"),
@@ -176,9 +183,11 @@ PARTS = (
     )),
     Part("pseudo_gt", reads=(
         "photo", "regions", "clip_photo", "clip_ladder", "clip_regions", "region_labels",
-        "rule_strength", "ladder_clipped", "clipped",
-    ), by="judge", notes=(PROMPTS,), make=_pseudo_gt, arrays=(
+        "region_areas", "region_tones", "tones", "rule_strength", "ladder_clipped", "clipped",
+    ), by="judge", notes=(JUDGE,), make=_pseudo_gt, arrays=(
         value("scores", "float32", "K", 3),
+        value("p_good", "float32"),
+        value("judged", "float32", "B"),
         value("strength", "float32"),
         value("region_strengths", "float32", "R"),
         canvas("t_map", "float16", stride=4),
@@ -191,7 +200,7 @@ ARRAY = {array.name: array for part in PARTS for array in part.arrays}
 
 # What the other readers of a store ask for, besides extents.
 TRAINING = ("photo", "regions", "proto", "p3", "pseudo_gt", "confidence", "strength")
-TUNING = ("clip_photo", "clip_ladder", "rule_strength", "mean_luma", "clipped")
+TUNING = ("clip_photo", "clip_ladder", "tones", "rule_strength", "mean_luma", "clipped")
 
 
 def cut(rows: Mapping[str, np.ndarray], row: int, names: Sequence[str]) -> Arrays:

@@ -12,7 +12,6 @@ from evenlight.cache.store import Store
 from evenlight.pipeline.config import values_affecting
 from evenlight.pipeline.models import Models
 from evenlight.pipeline.parts import PARTS
-from evenlight.stages.priors import meter
 from evenlight.stages.settings import Settings
 
 BY_CONTENT = ("regions.segmenter", "clip.weights")  # covered by the model's own fingerprint
@@ -65,20 +64,14 @@ def plan_unit(
     return UnitPlan(unit=unit, photos=photos, fingerprints=wanted, todo=todo, reason=reason)
 
 
-def made_by(models: Models, prompts: str) -> dict[str, str]:
-    """part -> fingerprint of what makes it.  prompts: their fingerprint."""
+def made_by(models: Models, judge: str) -> dict[str, str]:
+    """part -> fingerprint of what makes it.  judge: its fingerprint."""
     makers = {
         "segmenter": models.segmenter.fingerprint,
         "clip": models.clip.fingerprint,
-        "judge": judge(prompts),
+        "judge": judge,
     }
     return {part.name: makers[part.by] for part in PARTS if part.by}
-
-
-def judge(prompts: str) -> str:
-    """Fingerprint of what chooses pseudo-GT: the meter and the prompts."""
-    # proposer: empty in every store but those of the rounds that once were
-    return fingerprint(meter=meter.fingerprint(), prompts=prompts, proposer="")
 
 
 def recorded_plans(

@@ -20,10 +20,10 @@ from evenlight.cache.store import Store
 from evenlight.pipeline import config, schedule
 from evenlight.pipeline.config import Given
 from evenlight.pipeline.console import Progress, silent
+from evenlight.pipeline.judge import store_judge
 from evenlight.pipeline.models import Models, load_models
 from evenlight.pipeline.parts import FILE, PART, PARTS, Tools, sizes
-from evenlight.pipeline.plan import UnitPlan, judge, made_by, part_fingerprint, plan_unit
-from evenlight.pipeline.prompts import store_scorer
+from evenlight.pipeline.plan import UnitPlan, made_by, part_fingerprint, plan_unit
 from evenlight.pipeline.units import (
     UNREAD,
     UnitTask,
@@ -88,7 +88,7 @@ def precompute(
         _tell_what_differs(target, photos, digests, absent, prune)
         index = _updated(target.index, digests, {} if prune else absent)
         injected, models = models, models or load_models(settings)
-        tools = Tools(settings, models, store_scorer(target, models.clip))
+        tools = Tools(settings, models, store_judge(target, models.clip))
         sides = sizes(settings, models)
         plans = _plans(target, index, absent | digests, tools)
         _refuse_without_files(target, plans, sources, photos)
@@ -129,7 +129,7 @@ def regenerate(
     settings = config.of_store(store, settings)
     with Store.create_or_open(store) as target:
         _refuse_other_changes(target, settings)
-        tools = Tools(settings, None, store_scorer(target, None))
+        tools = Tools(settings, None, store_judge(target, None))
         plans = [_regenerate_plan(target, unit, tools) for unit in range(target.index.num_units)]
         _forget_round(target)
         todo = [plan for plan in plans if plan.todo]
@@ -232,7 +232,7 @@ def _record_settings(store: Store, settings: Settings) -> None:
 def _plans(store: Store, index: Index, digests: Mapping[str, str], tools: Tools) -> list[UnitPlan]:
     """The plan of every unit of the store under this index."""
     assert tools.models is not None
-    makers = made_by(tools.models, tools.scorer.fingerprint)
+    makers = made_by(tools.models, tools.judge.fingerprint)
     plans = []
     for unit in range(index.num_units):
         photos = tuple(
@@ -264,7 +264,7 @@ def _regenerate_plan(store: Store, unit: int, tools: Tools) -> UnitPlan:
             f"unit {unit} of {store.path} has no {before}: run 'evenlight precompute' to "
             "complete the store"
         )
-    source = [record.parts[before].fingerprint, judge(tools.scorer.fingerprint)]
+    source = [record.parts[before].fingerprint, tools.judge.fingerprint]
     wanted = part_fingerprint(judged, source=source, settings=tools.settings)
     todo = () if record.holds(judged, wanted) else (judged,)
     return UnitPlan(
@@ -272,7 +272,7 @@ def _regenerate_plan(store: Store, unit: int, tools: Tools) -> UnitPlan:
         photos=record.photos,
         fingerprints={judged: wanted},
         todo=todo,
-        reason="prompts or pseudo-GT settings changed" if todo else "complete",
+        reason="judge or pseudo-GT settings changed" if todo else "complete",
     )
 
 
@@ -280,7 +280,7 @@ def _refuse_other_changes(store: Store, settings: Settings) -> None:
     """Only precompute can follow a change of parts that no judge makes."""
     if not store.index.num_units:
         raise StoreError(f"{store.path} holds no photos: run 'evenlight precompute' first")
-    recorded = config.build(base=store.index.settings)
+    recorded = config.build(base=config.known(store.index.settings))
     for part in PARTS[:-1]:
         now = config.values_affecting(settings, part.name)
         for key, value in config.values_affecting(recorded, part.name).items():

@@ -6,11 +6,11 @@ from typing import Any
 from evenlight.cache.errors import EnvironmentLacks
 from evenlight.cache.schema import Damage
 from evenlight.cache.store import Store
-from evenlight.pipeline.config import Given, resolve
+from evenlight.pipeline.config import Given, known, resolve
+from evenlight.pipeline.judge import judge_info
 from evenlight.pipeline.models import load_models
 from evenlight.pipeline.parts import PARTS, sizes
 from evenlight.pipeline.plan import made_by, recorded_plans
-from evenlight.pipeline.prompts import prompts_info
 
 
 def cache_info(store: str | Path, *, settings: Given = None) -> dict[str, Any]:
@@ -22,14 +22,14 @@ def cache_info(store: str | Path, *, settings: Given = None) -> dict[str, Any]:
         info = source.info()
         if not source.index.num_units:
             return info
-        settings = resolve(settings, source.index.settings)
+        settings = resolve(settings, known(source.index.settings))
         letters = sizes(settings)
         for part in PARTS:
             arrays = {array.name: array.describe(letters) for array in part.arrays}
             info["parts"][part.name] |= {"reads": list(part.reads), "arrays": arrays}
-        info["prompts"] = prompts_info(source)
+        info["judge"] = judge_info(source)
         try:
-            makers = made_by(load_models(settings), info["prompts"]["fingerprint"])
+            makers = made_by(load_models(settings), info["judge"]["fingerprint"])
         except EnvironmentLacks as error:
             info["stale"] = f"unknown: {error}"
         else:

@@ -14,10 +14,10 @@ from evenlight.cache.store import Store
 from evenlight.pipeline import config
 from evenlight.pipeline.config import Given
 from evenlight.pipeline.console import Progress, silent
+from evenlight.pipeline.judge import store_judge
 from evenlight.pipeline.models import Models, choose_device, load_models, priors_of
 from evenlight.pipeline.parts import TRAINING, cut
 from evenlight.pipeline.plan import made_by, recorded_plans
-from evenlight.pipeline.prompts import store_scorer
 from evenlight.stages.corrector.batches import TrainingData
 from evenlight.stages.corrector.inputs import at_working_size
 from evenlight.stages.corrector.losses import Frozen
@@ -48,20 +48,20 @@ def train(
     device = choose_device(settings.run.device)
     models = models or load_models(settings)
     with Store.open(store) as source:
-        scorer = store_scorer(source, None)
-        refuse_stale(source, settings, models, scorer.fingerprint)
+        judge = store_judge(source, None)
+        refuse_stale(source, settings, models, judge.fingerprint)
         data = load_data(source, settings.train.size, device, on_progress)
         digest = source.digest()
     clip = models.clip
 
     def logits(rgb_B3HW: Tensor) -> Tensor:
-        return scorer.logits(clip.embed(rgb_B3HW))
+        return judge.prompts.logits(clip.embed(rgb_B3HW))
 
     out.mkdir(parents=True, exist_ok=True)
     atomic_write(out / "settings.toml", config.to_toml(settings).encode())
     info = {
         "settings": {k: v for k, v in config.to_dict(settings).items() if k != "run"},
-        "priors": priors_of(models, scorer.fingerprint),
+        "priors": priors_of(models, judge.fingerprint),
         "store": digest,
     }
     return run_training(
@@ -69,17 +69,17 @@ def train(
         Frozen(models.segmenter.features, logits, torch.device(device)),
         settings,
         out,
-        Kept(info, {f"scorer.{name}": tensor for name, tensor in scorer.to_tensors().items()}),
+        Kept(info, {f"judge.{name}": tensor for name, tensor in judge.tensors.items()}),
         resume=resume,
         on_progress=lambda step, steps, record: on_progress("steps", step, steps),
     )
 
 
-def refuse_stale(store: Store, settings: Settings, models: Models, prompts: str) -> None:
+def refuse_stale(store: Store, settings: Settings, models: Models, judge: str) -> None:
     """Raise StoreError unless every unit is complete and made with these settings and models."""
     if not store.index.num_units:
         raise StoreError(f"store {store.path} holds no photos: run 'evenlight precompute' first")
-    for plan in recorded_plans(store, settings, made_by(models, prompts)):
+    for plan in recorded_plans(store, settings, made_by(models, judge)):
         if plan.todo:
             cure = "regenerate" if plan.todo == ("pseudo_gt",) else "precompute"
             raise StoreError(

@@ -14,10 +14,10 @@ from evenlight.cache.files import sha256_bytes
 from evenlight.cache.schema import FAILED, OK, PhotoRecord
 from evenlight.cache.store import Store
 from evenlight.pipeline.failures import one_photo
+from evenlight.pipeline.judge import store_judge
 from evenlight.pipeline.models import load_models
 from evenlight.pipeline.parts import FILE, PART, Arrays, Part, Tools, cut, sizes
 from evenlight.pipeline.plan import UnitPlan
-from evenlight.pipeline.prompts import store_scorer
 from evenlight.stages.photos.find import PhotoSource
 from evenlight.stages.settings import Settings
 
@@ -75,7 +75,7 @@ def make_unit_in_worker(task: UnitTask, settings: Settings) -> UnitTask:
             store,
             task.plan,
             task.sources,
-            Tools(settings, models, store_scorer(store, models.clip)),
+            Tools(settings, models, store_judge(store, models.clip)),
         )
     return task
 

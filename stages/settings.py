@@ -140,18 +140,16 @@ class LadderSettings(Section):
     offsets: tuple[float, ...] = a_ladder(
         (-2.0, -1.4, -1.0, -0.7, -0.4, -0.2, 0.0, 0.2, 0.4, 0.7, 1.0, 1.4, 2.0), "embeddings"
     )
-    region_offsets: tuple[float, ...] = a_ladder((-0.8, -0.4, 0.0, 0.4, 0.8), "embeddings")
     regions: int = setting(16, "embeddings", low=1, high=255)  # largest ones, that are embedded
     min_region_area: float = a_share(0.01, "embeddings")  # of the photo
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("offsets", "region_offsets"):
-            values = getattr(self, name)
-            require(
-                3 <= len(values) <= 64 and values == tuple(sorted(set(values))) and 0.0 in values,
-                f"ladder.{name} must be 3 to 64 rising numbers with 0 among them, got {values}",
-            )
+        values = self.offsets
+        require(
+            3 <= len(values) <= 64 and values == tuple(sorted(set(values))) and 0.0 in values,
+            f"ladder.offsets must be 3 to 64 rising numbers with 0 among them, got {values}",
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -171,12 +169,23 @@ class PromptSettings(Section):
 
 
 @dataclass(frozen=True, kw_only=True)
+class JudgeSettings(Section):
+    """How far the judge corrects, and its tuning on a store (docs/method.md 4)."""
+
+    # share of photos that are good, a priori; 0 corrects every photo
+    prior_good: float = setting(0.5, "pseudo_gt", low=0, high=0.99)
+    steps: int = a_count(400, "prompts")
+    learning_rate: float = a_rate(3e-4, "prompts")
+    # share of photos kept for the acceptance check
+    held_out: float = setting(0.25, "prompts", low=0.001, high=0.999)
+    seed: int = a_seed(0, "prompts")
+
+
+@dataclass(frozen=True, kw_only=True)
 class PseudoGTSettings(Section):
     regional: bool = setting(True, "pseudo_gt")  # False: one strength per photo
-    # where d crosses 0 on the ladder, or its most likely rung
-    search: str = setting("crossing", "pseudo_gt", choices=["crossing", "grid"])
-    meter_weight: float = a_share(1.0, "pseudo_gt")  # of the meter, CLIP the rest
-    blend: float = a_share(0.2, "pseudo_gt")  # how far a trusted region moves to its own strength
+    # who chooses the strength: the judge, or the prompts, by the most likely rung of the ladder
+    search: str = setting("judge", "pseudo_gt", choices=["judge", "grid"])
     max_strength: float = setting(2.2, "pseudo_gt", low=0, high=6)  # |t| never exceeds it
 
 
@@ -196,7 +205,7 @@ SIZES = {
     "small": Size(channels=16, blocks=(1, 1, 1, 2), stem=2, semantic=16, ssm_from=1),
     # small with one RSMB of convolutions more in place of each scan: as many weights
     "small-conv": Size(channels=16, blocks=(1, 2, 2, 4), stem=2, semantic=16, ssm_from=4),
-    "base": Size(channels=24, blocks=(1, 1, 1, 2), stem=2, semantic=32, ssm_from=1),
+    "base": Size(channels=20, blocks=(1, 1, 1, 2), stem=2, semantic=32, ssm_from=2),
     "paper": Size(channels=32, blocks=(1, 1, 1, 2), stem=1, semantic=32, ssm_from=0),
 }
 
@@ -219,21 +228,24 @@ a_part = partial(setting, affects="training", low=0, high=100, why="0: off")
 class LossSettings(Section):
     """Shares of the gradient norm at the output after calibration (docs/method.md 7)."""
 
-    data: float = setting(0.6, "training", low=1e-6, high=100)
-    colour: float = a_part(0.1)
-    semantic: float = a_part(0.15)
-    prompt: float = a_part(0.15)
-    identity: float = a_part(0.1)
-    consistency: float = a_part(0.1)
+    data: float = setting(0.5, "training", low=1e-6, high=100)
+    edges: float = a_part(0.35)
+    colour: float = a_part(0.05)
+    clipped: float = a_part(0.1)  # colour edges along what was lost
+    # the paper's semantic-prompt consistency: off, since it takes time that more steps use better
+    semantic: float = a_part(0.0)
+    prompt: float = a_part(0.0)
     faithful: bool = setting(False, "training")  # plain MSE data term (the paper's)
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainSettings(Section):
     steps: int = a_count(1000, "training")
-    # photos, half of them re-exposed; half as many scenes, twice, if consistency is on
-    batch: int = setting(8, "training", low=2, high=4096, multiple=2)
-    reexpose: float = setting(0.8, "training", low=0, high=6)  # by up to this |t|
+    # what a batch is made of (docs/method.md 7); 0 turns a stream off
+    good: int = a_count(4, "training", low=0, high=4096)  # good photos, mis-exposed
+    uneven: float = a_share(1 / 3, "training")  # of them, with objects exposed otherwise
+    scenes: int = a_count(3, "training", low=0, high=4096)  # frames of a scene, to another frame
+    bad: int = a_count(1, "training", low=0, high=4096)  # photos with their pseudo-GT
     size: int = a_side(256, "training", low=32)  # working size: long side
     crop: int = a_side(160, "training", low=32)
     learning_rate: float = a_rate(5e-4, "training")
@@ -252,8 +264,14 @@ class TrainSettings(Section):
     amp: bool = setting(True, "training")  # bfloat16 where the device gains from it
     seed: int = a_seed(0, "training")
 
+    @property
+    def batch(self) -> int:
+        """Photos of a step."""
+        return self.good + self.scenes + self.bad
+
     def __post_init__(self) -> None:
         super().__post_init__()
+        require(self.batch > 0, "one of train.good, train.scenes and train.bad must be above 0")
         require(
             len(self.calibrate) == 2 and self.calibrate[0] < self.calibrate[1],
             f"train.calibrate must be first and last step, rising, got {self.calibrate}",
@@ -275,8 +293,16 @@ class Settings:
     clip: ClipSettings = field(default_factory=ClipSettings)
     ladder: LadderSettings = field(default_factory=LadderSettings)
     prompts: PromptSettings = field(default_factory=PromptSettings)
+    judge: JudgeSettings = field(default_factory=JudgeSettings)
     pseudo_gt: PseudoGTSettings = field(default_factory=PseudoGTSettings)
     network: NetworkSettings = field(default_factory=NetworkSettings)
     losses: LossSettings = field(default_factory=LossSettings)
     train: TrainSettings = field(default_factory=TrainSettings)
     run: RunSettings = field(default_factory=RunSettings)
+
+    def __post_init__(self) -> None:
+        require(
+            self.ladder.family == "film" or self.pseudo_gt.search == "grid",
+            f"the judge reads film ladders, got ladder.family = {self.ladder.family}: with another "
+            "family pseudo_gt.search must be grid",
+        )

@@ -40,11 +40,11 @@ def recorded(store: str) -> Settings:
 def test_what_is_not_named_stays_as_the_store_was_made(store, tmp_path):
     assert recorded(store).photo.size == 64
     assert evenlight.precompute(tmp_path / "photos", store).units_made == 0
-    changed = evenlight.regenerate(store, settings={"pseudo_gt": {"blend": 0.5}})
+    changed = evenlight.regenerate(store, settings={"pseudo_gt": {"max_strength": 0.5}})
     assert changed.parts_made == {"pseudo_gt": 2}
     assert evenlight.regenerate(store).units_made == 0
     now = recorded(store)
-    assert (now.pseudo_gt.blend, now.photo.size, now.ladder.regions) == (0.5, 64, 3)
+    assert (now.pseudo_gt.max_strength, now.photo.size, now.ladder.regions) == (0.5, 64, 3)
     assert cache_info(store)["stale"] == {}
     assert set(cache_info(store, settings={"regions.iou": 0.9})["stale"]) == {"0", "1"}
 
@@ -55,8 +55,8 @@ def test_complete_settings_are_taken_as_they_are(store):
 
 
 def test_unknown_settings_and_presets_are_told_in_words(store):
-    with pytest.raises(UsageError, match=r"did you mean pseudo_gt\.blend"):
-        evenlight.regenerate(store, settings={"pseudo_gt.blnd": 0.5})
+    with pytest.raises(UsageError, match=r"did you mean pseudo_gt\.regional"):
+        evenlight.regenerate(store, settings={"pseudo_gt.reginal": True})
     assert config.resolve({"preset": "paper"}).network.head == "residual"
     assert config.resolve({"preset": "paper", "network.head": "tone"}).network.head == "tone"
 

@@ -5,11 +5,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor
 from torch.nn import functional as F
 
 from evenlight.stages.corrector import apply
+from evenlight.stages.corrector.network import Correction, correct
 from evenlight.stages.photos.canvas import working
-from evenlight.stages.pixels import to_float
+from evenlight.stages.pixels import luma, to_bytes, to_float
 from evenlight.stages.priors import tone
 
 
@@ -19,28 +21,38 @@ def noise_photo(height: int, width: int, dtype=np.uint8, seed: int = 0) -> np.nd
     return (smooth[0].permute(1, 2, 0).clamp(0, 1).numpy() * np.iinfo(dtype).max).astype(dtype)
 
 
+def corrected_by(photo: np.ndarray, strength: Tensor | float, **others: Tensor) -> apply.Maps:
+    """Maps of a correction that is given for the small photo itself."""
+    rgb = to_float(photo)
+    t = torch.as_tensor(strength).expand_as(rgb)
+    nothing = torch.zeros_like(rgb)
+    parts = {
+        "whole_B": t.mean((1, 2, 3)), "strength_B3HW": t, "cover_B1HW": nothing[:, :1],
+        "shift_B3HW": nothing, "residual_B3HW": nothing,
+    }  # fmt: skip
+    return apply.fit_maps(rgb, Correction(**(parts | others)), "film")
+
+
 def half_brighter(photo: np.ndarray) -> apply.Maps:
-    """Brighten the left half, darken the right, a little of its own content on top."""
+    """Brighten the left half, darken the right, fill what is lost, add a little."""
     rgb = to_float(photo)
     strength = torch.full_like(rgb, 0.8)
-    strength[..., rgb.shape[3] // 2 :] = -0.5
-    return apply.fit_maps(rgb, strength, torch.full_like(rgb, 0.01), "film")
-
-
-def nothing(photo: np.ndarray) -> apply.Maps:
-    rgb = to_float(photo)
-    return apply.fit_maps(rgb, torch.zeros_like(rgb), torch.zeros_like(rgb), "film")
+    strength[..., rgb.shape[3] // 2 :] = -1.5
+    ramp = torch.linspace(0, 0.5, rgb.shape[2]).view(1, 1, -1, 1).expand_as(rgb)
+    return corrected_by(
+        photo, strength, cover_B1HW=ramp[:, :1], shift_B3HW=-ramp, residual_B3HW=0.02 * ramp
+    )
 
 
 @given(
     st.integers(16, 300), st.integers(16, 300), st.sampled_from([np.uint8, np.uint16]),
 )  # fmt: skip
 @settings(max_examples=25, deadline=None)
-def test_strength_zero_and_an_untrained_corrector_leave_every_bit(height, width, dtype):
+def test_strength_zero_and_a_correction_of_nothing_leave_every_bit(height, width, dtype):
     photo = noise_photo(height, width, dtype)
     small = working(photo, 64)
-    assert np.array_equal(apply.apply_maps(photo, half_brighter(small), 0), photo)
-    assert np.array_equal(apply.apply_maps(photo, nothing(small)), photo)
+    assert np.array_equal(apply.apply_maps(photo, half_brighter(small), strength=0), photo)
+    assert np.array_equal(apply.apply_maps(photo, corrected_by(small, 0.0)), photo)
 
 
 @pytest.mark.parametrize("shape", [(100, 150), (151, 77), (400, 300), (37, 1000)])
@@ -68,9 +80,7 @@ def test_sixteen_bits_stay_sixteen_and_agree_with_eight():
 
 def test_half_strength_lies_between():
     photo = noise_photo(80, 80)
-    bright = apply.fit_maps(
-        to_float(photo), torch.full((1, 3, 80, 80), 1.0), torch.zeros(1, 3, 80, 80), "film"
-    )
+    bright = corrected_by(photo, 1.0)
     half = apply.apply_maps(photo, bright, 0.5).astype(int)
     full = apply.apply_maps(photo, bright).astype(int)
     assert (photo <= half).all() and (half <= full).all()
@@ -83,21 +93,40 @@ def test_a_change_of_strength_follows_the_photo_s_own_edge():
     small = working(photo, 64)
     strength = torch.zeros(1, 3, 64, 64)
     strength[..., :32] = 1.0
-    corrected = apply.apply_maps(photo, apply.fit_maps(
-        to_float(small), strength, torch.zeros_like(strength), "film"))  # fmt: skip
+    corrected = apply.apply_maps(photo, corrected_by(small, strength))
     columns = corrected[256, :, 0].astype(int)
     assert np.ptp(columns[:250]) <= 6  # no halo on either side of the edge
     assert np.ptp(columns[262:]) <= 6
 
 
-def test_blown_pixels_stay_neutral_and_others_keep_their_colour_maps():
-    rgb = torch.full((1, 3, 32, 48), 0.6)
-    rgb[..., :16] = 1.0
-    strength = torch.tensor([-0.9, -0.6, -0.3]).view(1, 3, 1, 1).expand(1, 3, 32, 48)
-    maps = apply.fit_maps(rgb, strength, 0.1 * strength, "film")
-    pixels = (rgb[0].permute(1, 2, 0) * 255).byte().numpy()
-    corrected = apply.apply_maps(pixels, maps).astype(int)
-    assert np.ptp(corrected[:, :16], axis=2).max() == 0
-    assert np.ptp(corrected[:, 16:], axis=2).min() > 20
-    white, uniform = corrected[0, 0, 0], float(tone.apply("film", torch.ones(1), -0.6)) - 0.06
-    assert abs(white - 255 * uniform) <= 1
+def test_a_fill_ends_where_the_photo_s_own_values_say_at_full_size():
+    photo = np.full((512, 512, 3), 120, np.uint8)
+    photo[:, 259:] = 255  # not on the grid of the small copy
+    small = working(photo, 64)
+    blue = torch.tensor([-0.2, 0.0, 0.1]).view(1, 3, 1, 1).expand(1, 3, 64, 64)
+    filled = apply.apply_maps(photo, corrected_by(small, -1.0, shift_B3HW=blue)).astype(int)
+    plain = apply.apply_maps(photo, corrected_by(small, -1.0)).astype(int)
+    assert np.array_equal(filled[:, :259], plain[:, :259])
+    assert np.abs((filled - plain)[:, 259:] - [-51, 0, 25.5]).max() <= 1
+
+
+def test_at_half_strength_a_fill_starts_from_the_white_of_half_strength():
+    photo = np.full((64, 64, 3), 255, np.uint8)
+    half = apply.apply_maps(
+        photo, corrected_by(photo, -1.0, cover_B1HW=torch.ones(1, 1, 64, 64)), 0.5
+    )
+    white = tone.apply("film", torch.ones(1), -0.5)
+    assert np.abs(half - float(255 * white)).max() <= 1
+
+
+def test_a_corrector_answers_the_same_at_the_working_size_and_in_strips():
+    """Strips and maps apply what `correct` does, where nothing is carried up."""
+    photo = noise_photo(64, 48)
+    maps = half_brighter(photo)
+    rgb = to_float(photo)
+    t, residual = (maps.a * luma(rgb) + maps.b).split(3, 1)
+    wanted = correct(
+        rgb, Correction(maps.whole, t, maps.fill[:, :1], maps.fill[:, 1:], residual), "film"
+    )
+    found = apply.apply_maps(photo, maps)
+    assert np.array_equal(found, to_bytes(wanted).numpy())

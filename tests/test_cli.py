@@ -38,7 +38,8 @@ SURFACE = {
     "train": {"-s", "--store", "-o", "--out"} | COMMON,
     "evaluate": {"--data", "-m", "--model", "--csv"} | COMMON,
     "correct": {
-        "photos", "-o", "--out", "-m", "--model", "--strength", "--overwrite", "--no-overwrite",
+        "photos", "-o", "--out", "-m", "--model", "--strength", "--all", "--overwrite",
+        "--no-overwrite",
     } | COMMON,
     "doctor": {"--json"},
     "cache info": {"-s", "--store"} | COMMON,
@@ -114,7 +115,7 @@ def test_precompute_again_goes_on_with_the_settings_of_the_store(
     assert report["units_made"] == 0
     assert [name for name, _ in report["passed_over"]] == ["raw.dng"]
     assert "passed over 1: raw.dng (raw: develop it first" in printed.err
-    assert run_cli(monkeypatch, *arguments, "--set", "pseudo_gt.blend=0.5") == 0
+    assert run_cli(monkeypatch, *arguments, "--set", "pseudo_gt.max_strength=1.5") == 0
     assert set(json.loads(capsys.readouterr().out)["parts_made"]) == {"pseudo_gt"}
 
 
@@ -202,7 +203,7 @@ def test_json_is_one_document_on_stdout_and_everything_else_on_stderr(
     for code, keys, arguments in (
         (1, {"photos", "failed", "units_made"}, ["precompute", tmp_path / "photos", *small]),
         (0, {"photos", "failed", "parts_made"}, ["regenerate"]),
-        (0, {"photos", "units", "stale", "prompts"}, ["cache", "info"]),
+        (0, {"photos", "units", "stale", "judge"}, ["cache", "info"]),
         (0, set(), ["cache", "verify"]),
     ):
         assert run_cli(monkeypatch, *arguments, "-s", store, "--json") == code, arguments
@@ -227,7 +228,7 @@ def test_cache_info_says_what_other_settings_would_make_stale(
 ):
     assert run_cli(monkeypatch, "cache", "info", "-s", store, "--json") == 0
     assert json.loads(capsys.readouterr().out)["stale"] == {}
-    changed = ("--set", "pseudo_gt.blend=0.5")
+    changed = ("--set", "pseudo_gt.max_strength=1.5")
     assert run_cli(monkeypatch, "cache", "info", "-s", store, "--json", *changed) == 0
     assert set(json.loads(capsys.readouterr().out)["stale"]) == {"0", "1"}
 
@@ -330,7 +331,7 @@ def test_doctor_exits_4_naming_what_is_lacking_even_torch(tmp_path, monkeypatch,
 
     monkeypatch.setattr("importlib.metadata.version", version)
     monkeypatch.setattr("evenlight.stages.weights.FOLDER", tmp_path)
-    assert doctor()["lacks"] == ["torch", "zarr", "fastsam-n", "clip-lite0", "meter"]
+    assert doctor()["lacks"] == ["torch", "zarr", "fastsam-n", "clip-lite0", "judge"]
     assert run_cli(monkeypatch, "doctor") == 4
     code = (
         "import sys; sys.modules['torch'] = sys.modules['zarr'] = None\n"

@@ -52,5 +52,14 @@ def test_each_setting_belongs_to_exactly_one_part(key):
 
 def test_a_store_records_what_decides_it_and_not_how_it_was_trained_on():
     recorded = config.flatten(config.store_settings(Settings()))
-    assert "photo.size" in recorded and "pseudo_gt.blend" in recorded
+    assert "photo.size" in recorded and "pseudo_gt.max_strength" in recorded
     assert not any(key.startswith(("train.", "network.", "losses.", "run.")) for key in recorded)
+
+
+def test_settings_that_a_store_of_another_version_holds_are_named_and_left_out(caplog):
+    recorded = {
+        "pseudo_gt": {"blend": 0.2, "search": "crossing", "max_strength": 1.5},
+        "ladder": {"family": "gamma"},
+    }
+    assert config.known(recorded) == {"pseudo_gt.max_strength": 1.5, "ladder.family": "gamma"}
+    assert "pseudo_gt.blend" in caplog.text and "crossing" in caplog.text

@@ -90,7 +90,7 @@ def test_photos_without_a_reference_get_no_figure_that_needs_one(model, tmp_path
         write(tmp_path / name, pixels)
     found = evaluate([model], [f"unpaired:{tmp_path}"])
     methods = [row.method for row in found.rows]
-    assert methods == ["identity", "film rule", "film meter", f"pseudo-GT of {model}", str(model)]
+    assert methods == ["identity", "film rule", *methods_of(model)]
     for row in found.rows:
         assert (row.side, row.photos) == ("all", 2)
         assert [row.psnr, row.ssim, row.colour, row.gain_psnr, row.agreement] == [None] * 5
@@ -98,7 +98,7 @@ def test_photos_without_a_reference_get_no_figure_that_needs_one(model, tmp_path
     identity, rule = found.rows[:2]
     assert identity.change == 0 < rule.change
     assert identity.luma < rule.luma == pytest.approx(119, abs=3)
-    assert [row["psnr"] for row in csv.DictReader(io.StringIO(found.to_csv()))] == [""] * 5
+    assert [row["psnr"] for row in csv.DictReader(io.StringIO(found.to_csv()))] == [""] * 6
     (line,) = (line for line in found.to_text().splitlines() if line.startswith("film rule"))
     assert line.split()[4:8] == ["-"] * 4 and f"{rule.luma:.1f}" in line.split()
     assert "nan" not in found.to_text() + found.to_csv()
@@ -305,11 +305,18 @@ def test_every_model_and_baseline_is_in_the_table_of_every_set(table):
     assert len(table.sets) == 2
     for name in table.sets:
         methods = [row.method for row in table.rows if row.data == name and row.side == "all"]
-        assert methods[:4] == [*BASELINES, *ORACLES] == [
-            "identity", "film rule", "film meter", "best gamma (answer in hand)",
+        assert methods[:3] == [*BASELINES, *ORACLES] == [
+            "identity", "film rule", "best gamma (answer in hand)",
         ]  # fmt: skip
-        assert len(methods) == 8 and methods[4] == f"pseudo-GT of {methods[5]}"
-        assert methods[5].endswith("/A") and methods[7].endswith("/B")
+        one, other = methods[3:7], methods[7:]
+        assert one == methods_of(one[2]) and other == methods_of(other[2])
+        assert one[2].endswith("/A") and other[2].endswith("/B")
+
+
+def methods_of(model) -> list[str]:
+    """What is measured of every model: the plain curve, pseudo-GT, with good photos left alone,
+    and with every photo corrected."""
+    return [f"film, judge of {model}", f"pseudo-GT of {model}", str(model), f"{model} --all"]
 
 
 def test_without_a_model_the_baselines_are_there(tmp_path):
@@ -381,7 +388,7 @@ def test_photos_are_measured_at_their_own_size_and_depth(model, tmp_path, monkey
     (tmp_path / "input/a.png").write_bytes(cv2.imencode(".png", deep[..., ::-1])[1].tobytes())
     rows = evaluate([model], [f"pairs:{tmp_path}"]).rows
     assert rows[0].method == "identity" and rows[0].psnr == 100
-    assert sizes == [((203, 157, 3), np.uint8)] * 6
+    assert sizes == [((203, 157, 3), np.uint8)] * 7
 
 
 def test_a_model_trained_with_other_priors_is_refused_with_exit_3(tmp_path, monkeypatch, capsys):

@@ -1,6 +1,7 @@
 """Losses are 0 when nothing is wrong, finite on any photo, and calibrated to their shares."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -30,23 +31,23 @@ def logits(rgb: Tensor) -> Tensor:
 
 
 MODELS = Frozen(features, logits)
+EVERYTHING = LossSettings(semantic=0.15, prompt=0.15)
 
 
 def sample(**changes) -> Batch:
     generator = torch.Generator().manual_seed(1)
     target = torch.rand(4, 3, 32, 32, generator=generator)
-    target = torch.cat([target[:2], target[:2]])
-    choices = {"photos": [0, 1] * 2, "corners": [(0, 0)] * 4, "flips": [False] * 4}
+    photo = target * 0.5
+    photo[:, :, :8, :8] = 1  # blown, among others
     values = {
-        "photo": target * 0.5,
-        "whole": target,
+        "photo": photo,
+        "strength": torch.zeros(4),
         "proto": torch.zeros(4, 32, 8, 8),
         "p3": torch.zeros(4, 6, 4, 4),
         "target": target,
         "confidence": torch.rand(4, 1, 32, 32, generator=generator),
         "labels": torch.randint(0, 4, (4, 32, 32), generator=generator).to(torch.uint8),
-        "well_exposed": torch.tensor([True, False, False, False]),
-        "chosen": Draw(**choices, strengths=[0.0] * 4, paired=True, view=VIEW, seen=(0, 4)),
+        "chosen": Draw(samples=[], noise=0, view=VIEW, seen=(0, 4)),
     }
     return Batch(**(values | changes))
 
@@ -56,15 +57,16 @@ def parts_of(
 ) -> dict[str, Tensor]:
     """The parts of the loss; the output is the target where none is given."""
     output = case.target if output is None else output
-    loss, parts = total(case, output, losses.START_WEIGHTS, settings or LossSettings(), MODELS)
+    loss, parts = total(case, output, losses.START_WEIGHTS, settings or EVERYTHING, MODELS)
     assert torch.isfinite(loss)
     return parts
 
 
 @pytest.mark.parametrize("faithful", [False, True])
-def test_data_colour_semantic_and_consistency_are_0_when_the_output_is_the_target(faithful):
-    parts = parts_of(sample(), settings=LossSettings(faithful=faithful))
-    for name in ("data", "colour", "semantic", "consistency"):
+def test_every_part_but_prompt_is_0_when_the_output_is_the_target(faithful):
+    parts = parts_of(sample(), settings=replace(EVERYTHING, faithful=faithful))
+    assert set(parts) == {"data", "edges", "colour", "clipped", "semantic", "prompt"}
+    for name in set(parts) - {"prompt"}:
         assert float(parts[name]) == pytest.approx(0, abs=2e-6), name
 
 
@@ -87,7 +89,7 @@ def test_every_part_notices_what_it_is_for():
 def test_black_and_white_give_finite_losses_and_gradients(output, target, faithful):
     flat = torch.full((4, 3, 32, 32), output, requires_grad=True)
     case = sample(target=torch.full((4, 3, 32, 32), target))
-    sum(parts_of(case, flat, LossSettings(faithful=faithful)).values()).backward()
+    sum(parts_of(case, flat, replace(EVERYTHING, faithful=faithful)).values()).backward()
     assert flat.grad is not None and torch.isfinite(flat.grad).all()
 
 
@@ -118,13 +120,27 @@ def test_the_prompt_half_asks_for_no_more_than_good_enough():
     assert float(doubtful) == pytest.approx(math.log(0.9) + math.log(3), rel=1e-5)
 
 
-def test_identity_looks_only_at_well_exposed_photos():
-    case = sample()
-    output = case.photo.clone()
-    output[1:] += 0.3
-    assert float(losses.identity(output, case.photo, case.well_exposed)) < 1e-6
-    nobody = torch.zeros(4, dtype=torch.bool)
-    assert float(losses.identity(output, case.photo, nobody)) == 0
+@pytest.mark.parametrize("part", [losses.mse, losses.charbonnier, losses.edges])
+def test_an_offset_is_an_error_of_value_and_not_of_edges(part):
+    case, sure = sample(), torch.ones(4, 1, 32, 32)
+    error = float(part(case.target + 0.2, case.target, sure))
+    assert (error < 1e-6) == (part is losses.edges)
+
+
+def test_colour_edges_count_along_what_was_lost_and_nowhere_else():
+    photo = torch.full((1, 3, 32, 32), 0.5)
+    photo[:, 0, :, 20:] = 1  # red is clipped on the right
+    target, sure = torch.full_like(photo, 0.5), torch.ones(1, 1, 32, 32)
+
+    def error(columns: slice, colour: list[float]) -> float:
+        output = target.clone()
+        output[..., columns] += torch.tensor(colour).view(1, 3, 1, 1)
+        return float(losses.clipped(output, target, sure, photo))
+
+    assert error(slice(20, 32), [0.3, 0, 0]) > 0.01
+    assert error(slice(6, 12), [0.3, 0, 0]) == 0
+    assert error(slice(20, 32), [0.3, 0.3, 0.3]) < 1e-6  # of brightness alone
+    assert float(losses.clipped(target + 1, target, sure, 0 * photo)) == 0
 
 
 def test_regions_are_pooled_apart():
@@ -144,7 +160,7 @@ def test_gradients_of_semantic_and_prompt_halves_reach_the_output():
 
 
 def test_parts_with_share_zero_and_steps_without_spc_are_left_out():
-    settings = LossSettings(colour=0, identity=0, consistency=0, semantic=0)
+    settings = LossSettings(colour=0, edges=0, clipped=0, prompt=0.1)
     assert set(parts_of(sample(), settings=settings)) == {"data", "prompt"}
     case = sample()
     parts = parts_of(case._replace(chosen=case.chosen._replace(seen=None)))
@@ -153,7 +169,7 @@ def test_parts_with_share_zero_and_steps_without_spc_are_left_out():
 
 def test_calibration_gives_each_part_its_share_once_and_survives_a_checkpoint():
     output = (sample().target * 0.4).requires_grad_()
-    settings = LossSettings()
+    settings = EVERYTHING
     calibration = Calibration(settings, (2, 4))
     assert [calibration.measures(step) for step in range(6)] == [
         False,
@@ -172,10 +188,17 @@ def test_calibration_gives_each_part_its_share_once_and_survives_a_checkpoint():
         name: calibration.weights[name]
         * float(torch.autograd.grad(part, output, retain_graph=True, allow_unused=True)[0].norm())
         for name, part in parts.items()
-        if name != "consistency"  # equal halves: no gradient, so its start weight stays
     }
     for name, norm in norms.items():
         expected = getattr(settings, name) / settings.data
         assert norm / norms["data"] == pytest.approx(expected, rel=1e-4), name
-    assert calibration.weights["consistency"] == losses.START_WEIGHTS["consistency"]
     assert not calibration.measures(3)
+
+
+def test_a_part_that_was_never_active_keeps_its_start_weight():
+    output = (sample().target * 0.4).requires_grad_()
+    calibration = Calibration(EVERYTHING, (0, 1))
+    calibration.measure(parts_of(sample(photo=torch.zeros(4, 3, 32, 32)), output), output)
+    weights = calibration.finish()
+    assert weights["clipped"] == losses.START_WEIGHTS["clipped"]
+    assert weights["edges"] != losses.START_WEIGHTS["edges"]

@@ -127,3 +127,66 @@ def test_a_mask_of_all_pixels_changes_no_figure():
     without = metrics.measure(photo, output, reference)
     for name, value in vars(without).items():
         assert getattr(with_mask, name) == pytest.approx(value, rel=1e-5, nan_ok=True), name
+
+
+def clipped_photo() -> np.ndarray:
+    """Middling, with red clipped on the right and all channels in a corner of it."""
+    photo = np.full((40, 60, 3), 120, np.uint8)
+    photo[:, 30:, 0] = 255
+    photo[:20, 40:] = 255
+    return photo
+
+
+def test_colour_in_lost_pixels_counts_there_and_nowhere_else():
+    photo, reference = clipped_photo(), np.full((40, 60, 3), 120, np.uint8)
+    output = reference.copy()
+    output[:, :30] = (200, 40, 40)  # wrong, where nothing was lost
+    right = metrics.measure(photo, output, reference)
+    assert right.lost_colour == right.lost_chroma == 0 and right.colour > 10
+    output[:, 30:] = (140, 140, 140)  # brightness alone
+    brighter = metrics.measure(photo, output, reference)
+    assert brighter.lost_colour > 5 and brighter.lost_chroma == pytest.approx(0, abs=0.02)
+    output[:, 30:] = (140, 120, 100)
+    assert metrics.measure(photo, output, reference).lost_chroma > 10
+    unclipped = metrics.measure(reference, output, reference)
+    assert all(np.isnan(getattr(unclipped, k)) for k in ("lost_colour", "lost_chroma", "bands"))
+
+
+@pytest.mark.parametrize("rows", [7, 1000])
+def test_bands_are_colour_edges_along_clipped_borders_over_the_reference_s(rows, monkeypatch):
+    monkeypatch.setattr(metrics, "COLOUR_PIXELS", rows * 60)
+    photo = clipped_photo()
+    reference = picture(40, 60, 3)
+    assert metrics.measure(photo, reference, reference).bands == pytest.approx(1)
+    gray = np.repeat(reference.mean(2, keepdims=True), 3, 2).astype(np.uint8)
+    assert metrics.measure(photo, gray, reference).bands < 0.1
+    band = reference.copy()
+    band[:, 29:31] = (255, 0, 255)
+    assert metrics.measure(photo, band, reference).bands > 1.3
+    far = reference.copy()
+    far[:, 5:9] = (255, 0, 255)
+    assert metrics.measure(photo, far, reference).bands == pytest.approx(1)
+
+
+def test_grey_is_the_share_of_blown_pixels_that_are_white_in_the_reference_alone():
+    photo = np.full((40, 60, 3), 255, np.uint8)
+    reference, output = photo.copy(), photo.copy()
+    reference[:, :30] = 180  # rightly grey
+    output[:20] = 200
+    assert metrics.measure(photo, output, reference).grey == pytest.approx(0.5)
+    assert metrics.measure(photo, photo, reference).grey == 0
+    assert np.isnan(metrics.measure(photo // 2, output, reference).grey)
+
+
+def test_noise_is_grain_where_the_photo_is_dark():
+    photo = np.full((40, 60, 3), 200, np.uint8)
+    photo[:, :30] = 10
+    flat = np.full((40, 60, 3), 90, np.uint8)
+    rng = np.random.default_rng(0)
+    grain = rng.normal(0, 6, (40, 60, 1)).repeat(3, 2)
+    noisy = (flat + grain).astype(np.uint8)
+    bright_only, dark_only = flat.copy(), flat.copy()
+    bright_only[:, 32:], dark_only[:, :28] = noisy[:, 32:], noisy[:, :28]
+    assert metrics.measure(photo, bright_only, None).noise == 0
+    assert 3 < metrics.measure(photo, dark_only, None).noise < 6
+    assert np.isnan(metrics.measure(flat, noisy, None).noise)

@@ -1,4 +1,4 @@
-"""The corrector is the identity before training and takes photos of any size."""
+"""The corrector is the film curve before training, fills only what is lost, takes any size."""
 
 from dataclasses import replace
 
@@ -8,19 +8,27 @@ from torch import Tensor
 
 from evenlight.cache.errors import UsageError
 from evenlight.stages.corrector.blocks import SpatialMamba
-from evenlight.stages.corrector.network import Corrector, correct, photo_statistics
+from evenlight.stages.corrector.network import (
+    MAX_OFFSET,
+    MAX_RESIDUAL,
+    Correction,
+    Corrector,
+    correct,
+    lost,
+)
+from evenlight.stages.priors import tone
 from evenlight.stages.settings import SIZES, NetworkSettings
 
 P3 = 6
 TINY = NetworkSettings(size="tiny")
 
 
-def inputs(height: int, width: int, batch: int = 2) -> tuple[Tensor, Tensor, Tensor]:
+def inputs(height: int, width: int, batch: int = 2) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     generator = torch.Generator().manual_seed(height * 1000 + width)
     photo = torch.rand(batch, 3, height, width, generator=generator)
     proto = torch.randn(batch, 32, -(-height // 4), -(-width // 4), generator=generator)
     p3 = torch.randn(batch, P3, -(-height // 8), -(-width // 8), generator=generator)
-    return photo, proto, p3
+    return photo, proto, p3, torch.linspace(-1.2, 0.7, batch)
 
 
 def trained(settings: NetworkSettings = TINY) -> Corrector:
@@ -34,21 +42,76 @@ def trained(settings: NetworkSettings = TINY) -> Corrector:
 
 
 @pytest.mark.parametrize("size", SIZES)
-@pytest.mark.parametrize("head", ["tone", "residual"])
-def test_an_untrained_corrector_is_the_identity(size, head):
-    network = Corrector(NetworkSettings(size=size, head=head), P3)
-    photo, proto, p3 = inputs(32, 48, batch=1)
+def test_an_untrained_corrector_is_the_film_curve_at_the_strength_it_is_given(size):
+    network = Corrector(NetworkSettings(size=size), P3)
+    photo, proto, p3, t = inputs(32, 48)
+    photo[:, :, :8] = 1  # blown
     with torch.no_grad():
-        output = correct(photo, network(photo, proto, p3), "film")
-    assert float((output - photo).detach().abs().max()) < 2e-6
+        output = correct(photo, network(photo, proto, p3, t), "film")
+    assert torch.equal(output, tone.apply("film", photo, t[:, None, None, None]))
+    with torch.no_grad():
+        output = correct(photo, network(photo, proto, p3, 0 * t), "film")
+    assert float((output - photo).abs().max()) < 2e-6
+
+
+def test_the_residual_head_starts_as_the_identity_whatever_the_judge_says():
+    network = Corrector(NetworkSettings(size="tiny", head="residual"), P3)
+    photo, proto, p3, t = inputs(32, 48)
+    with torch.no_grad():
+        output = correct(photo, network(photo, proto, p3, t), "film")
+    assert float((output - photo).abs().max()) < 2e-6
+    head = trained(NetworkSettings(size="tiny", head="residual"))
+    once, twice = head(photo, proto, p3, t), head(photo, proto, p3, 0 * t)
+    assert torch.equal(once.residual_B3HW, twice.residual_B3HW)
+
+
+def test_what_is_lost_rises_smoothly_from_none_to_all():
+    values = torch.tensor([0.0, 0.5, 0.88, 0.9375, 0.995, 1.0])
+    assert lost(values).tolist() == pytest.approx([0, 0, 0, 0.5, 1, 1])
+
+
+def test_fills_act_only_on_values_that_clipping_may_have_taken():
+    photo, _, _, t = inputs(32, 32)
+    plain = Correction(
+        whole_B=t,
+        strength_B3HW=t[:, None, None, None].expand_as(photo),
+        cover_B1HW=torch.zeros(2, 1, 32, 32),
+        shift_B3HW=torch.zeros_like(photo),
+        residual_B3HW=torch.zeros_like(photo),
+    )
+    filled = plain._replace(
+        cover_B1HW=torch.full((2, 1, 32, 32), 0.7), shift_B3HW=torch.full_like(photo, -0.2)
+    )
+    changed = correct(photo, filled, "film") != correct(photo, plain, "film")
+    assert bool(changed.any()) and torch.equal(changed, lost(photo) > 0)
+
+
+def test_a_whole_cover_shows_the_fill_s_colour_and_nothing_of_the_photo():
+    photo = torch.full((1, 3, 16, 16), 1.0)
+    photo[..., 8:] = 0.996
+    t = torch.tensor([-1.0])
+    colour = torch.tensor([-0.1, 0.0, 0.1]).view(1, 3, 1, 1).expand_as(photo)
+    fill = Correction(t, -1.0 + 0 * photo, torch.ones(1, 1, 16, 16), colour, 0 * photo)
+    white = tone.apply("film", torch.ones(1), -1.0)
+    output = correct(photo, fill, "film")
+    assert torch.allclose(output, white + colour, atol=1e-6)
+
+
+def test_photos_that_are_not_darkened_are_not_filled():
+    network = trained()
+    photo, proto, p3, _ = inputs(32, 32)
+    dark, bright = network(photo, proto, p3, torch.tensor([-0.5, 0.5])).shift_B3HW.detach()
+    assert float(dark.abs().max()) > 0 and float(bright.abs().max()) == 0
+    cover = network(photo, proto, p3, torch.tensor([-0.5, 0.0])).cover_B1HW.detach()
+    assert float(cover[0].abs().max()) > 0 and float(cover[1].abs().max()) == 0
 
 
 @pytest.mark.parametrize("head", ["tone", "residual"])
 @pytest.mark.parametrize(("height", "width"), [(16, 16), (17, 31), (16, 200), (45, 64), (72, 40)])
 def test_any_size_from_16_pixels_works(head, height, width):
     network = trained(replace(TINY, head=head))
-    photo, proto, p3 = inputs(height, width)
-    correction = network(photo, proto, p3)
+    photo, proto, p3, t = inputs(height, width)
+    correction = network(photo, proto, p3, t)
     output = correct(photo, correction, "film")
     assert output.shape == photo.shape == correction.strength_B3HW.shape
     assert torch.isfinite(output).all()
@@ -59,8 +122,8 @@ def test_any_size_from_16_pixels_works(head, height, width):
 @pytest.mark.parametrize("head", ["tone", "residual"])
 def test_gradients_reach_every_parameter_and_are_finite(attention, head):
     network = trained(NetworkSettings(size="tiny", attention=attention, head=head))
-    photo, proto, p3 = inputs(32, 32)
-    correct(photo, network(photo, proto, p3), "film").square().sum().backward()
+    photo, proto, p3, t = inputs(32, 32)
+    correct(photo, network(photo, proto, p3, t), "film").square().sum().backward()
     for name, parameter in network.named_parameters():
         assert parameter.grad is not None, name
         assert torch.isfinite(parameter.grad).all(), name
@@ -69,9 +132,9 @@ def test_gradients_reach_every_parameter_and_are_finite(attention, head):
 @pytest.mark.parametrize("value", [0.0, 1.0])
 def test_black_and_white_photos_give_finite_output_and_gradients(value):
     network = trained()
-    photo, proto, p3 = inputs(32, 32)
+    photo, proto, p3, t = inputs(32, 32)
     photo = torch.full_like(photo, value)
-    output = correct(photo, network(photo, 0 * proto, 0 * p3), "film")
+    output = correct(photo, network(photo, 0 * proto, 0 * p3, t), "film")
     output.sum().backward()
     assert torch.isfinite(output).all()
     assert all(torch.isfinite(p.grad).all() for p in network.parameters() if p.grad is not None)
@@ -79,8 +142,8 @@ def test_black_and_white_photos_give_finite_output_and_gradients(value):
 
 def test_train_and_eval_mode_agree_at_the_borders_too():
     network = trained()
-    photo, proto, p3 = inputs(40, 40)
-    train, evaluate = network.train()(photo, proto, p3), network.eval()(photo, proto, p3)
+    photo, proto, p3, t = inputs(40, 40)
+    train, evaluate = network.train()(photo, proto, p3, t), network.eval()(photo, proto, p3, t)
     assert torch.equal(train.strength_B3HW, evaluate.strength_B3HW)
 
 
@@ -111,50 +174,47 @@ def test_two_way_blocks_see_both_directions_and_fused_ones_only_the_past():
     assert float(reach(True)[:3].max()) > 0
 
 
-def test_strength_and_residual_keep_their_bounds():
+def test_answers_keep_their_bounds_and_the_dark_may_change_more():
     network = trained()
     with torch.no_grad():
         for parameter in network.head.parameters():
             parameter.mul_(1000)
-    photo, proto, p3 = inputs(32, 32)
-    correction = network(photo, proto, p3)
-    assert float(correction.strength_B3HW.abs().max()) <= 2.2 + 1e-6
-    assert float(correction.residual_B3HW.abs().max()) <= 0.1 + 1e-6
+    photo, proto, p3, t = inputs(32, 32)
+    photo[..., :16] *= 0.05
+    correction = network(photo, proto, p3, t)
+    offset = correction.strength_B3HW - t[:, None, None, None]
+    assert float(offset.abs().max()) <= MAX_OFFSET + 1e-6
+    assert float(correction.cover_B1HW.abs().max()) <= 1
+    light, dark = MAX_RESIDUAL
+    most = correction.residual_B3HW.abs().amax((0, 1, 2))
+    assert float(most.max()) <= dark + 1e-6 and float(most[16:].max()) < float(most[:16].min())
+    white = network(0 * photo + 1, proto, p3, t).residual_B3HW
+    assert float(white.abs().max()) == pytest.approx(light, abs=1e-6)
 
 
-def test_one_weight_on_the_rule_statistic_gives_the_mean_luma_rule():
-    network = Corrector(TINY, P3)
-    assert network.brightness is not None
-    with torch.no_grad():
-        network.brightness.last.weight[0, 64] = 1.0
-    photo, proto, p3 = inputs(64, 64)
-    output = correct(photo * 0.3, network(photo * 0.3, proto, p3), "film")
-    luma = (output * torch.tensor([0.299, 0.587, 0.114]).view(3, 1, 1)).sum(1).mean((1, 2))
-    # the statistic is taken from a 32-pixel copy, which is not quite exact for noise
-    assert torch.allclose(luma, torch.full((2,), 119 / 255), atol=0.06)
-
-
-def test_a_crop_takes_its_brightness_from_the_whole_photo():
+def test_the_answer_depends_on_the_strength_of_the_judge():
     network = trained()
-    photo, proto, p3 = inputs(64, 64)
-    whole = network(photo, proto, p3, whole_B3HW=photo * 0.2)
-    alone = network(photo, proto, p3)
-    assert not torch.allclose(whole.strength_B3HW, alone.strength_B3HW)
-    assert torch.equal(whole.residual_B3HW, alone.residual_B3HW)
+    photo, proto, p3, _ = inputs(64, 64)
+    one, other = (network(photo, proto, p3, torch.full((2,), t)) for t in (-0.5, -1.0))
+    assert not torch.allclose(one.residual_B3HW, other.residual_B3HW, atol=1e-3)
 
 
-def test_photo_statistics_are_moderate_and_finite_for_any_photo():
-    for photo in (torch.zeros(1, 3, 20, 20), torch.ones(1, 3, 20, 20), inputs(50, 33)[0]):
-        statistics = photo_statistics(photo, "film")
-        assert torch.isfinite(statistics).all() and float(statistics.abs().max()) <= 4
+def test_a_scaled_correction_of_nothing_changes_nothing():
+    network = trained()
+    photo, proto, p3, t = inputs(32, 32)
+    correction = network(photo, proto, p3, t)
+    none, half, whole = (correct(photo, correction.scaled(s), "film") for s in (0, 0.5, 1))
+    assert float((none - photo).detach().abs().max()) < 2e-6
+    assert torch.equal(whole, correct(photo, correction, "film"))
+    assert float((half - photo).square().mean()) < float((whole - photo).square().mean())
 
 
 def test_bfloat16_autocast_keeps_the_output_finite_and_close():
     network = trained()
-    photo, proto, p3 = inputs(48, 48)
-    exact = correct(photo, network(photo, proto, p3), "film")
+    photo, proto, p3, t = inputs(48, 48)
+    exact = correct(photo, network(photo, proto, p3, t), "film")
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        rough = correct(photo, network(photo, proto, p3), "film")
+        rough = correct(photo, network(photo, proto, p3, t), "film")
     assert rough.dtype == torch.float32 and torch.isfinite(rough).all()
     assert float((rough - exact).abs().mean()) < 0.02
 

@@ -145,7 +145,7 @@ def test_a_full_disk_leaves_the_former_note(path, monkeypatch):
         assert store.note("judge") == {"version": 1}
 
 
-# The prompts of a store
+# The judge of a store
 
 SETTINGS = config.build(overrides=["photo.size=64", "run.unit_size=2", "ladder.regions=3"])
 
@@ -163,13 +163,13 @@ def finished(tmp_path_factory):
 
 
 @pytest.mark.parametrize("damage", ["deleted", "cut", "other content", "of another shape"])
-def test_lost_or_damaged_prompts_never_change_the_judge_in_silence(
+def test_lost_or_damaged_judge_never_changes_in_silence(
     damage, finished, tmp_path, monkeypatch, capsys
 ):
     monkeypatch.setattr("evenlight.pipeline.store_info.load_models", toys)
     store = shutil.copytree(finished / "S", tmp_path / "S")
     digest = Store.open(store).digest()
-    file = store / "evenlight" / "prompts.json"
+    file = store / "evenlight" / "judge.json"
     if damage == "deleted":
         file.unlink()
     elif damage == "cut":
@@ -177,21 +177,21 @@ def test_lost_or_damaged_prompts_never_change_the_judge_in_silence(
     elif damage == "other content":
         file.write_bytes(file.read_bytes().replace(b'"tuned": false', b'"tuned": true '))
     else:
-        write(store, {"text": [1.0], "temperature": 1, "clip": ToyClip().fingerprint}, "prompts")
+        write(store, {"tensor x": [1.0], "tuned": True, "clip": ToyClip().fingerprint}, "judge")
     runs = [
         lambda: precompute(finished / "photos", store, settings=SETTINGS, models=toys()),
         lambda: regenerate(store, settings=SETTINGS),
         lambda: train(store, tmp_path / "run", settings=SETTINGS, models=toys()),
     ]
     for run in runs:
-        with pytest.raises(StoreError, match="prompts"):
+        with pytest.raises(StoreError, match="judge"):
             run()
     assert run_cli(monkeypatch, "cache", "info", "-s", store) == 3
-    assert "prompts" in capsys.readouterr().err
-    if damage == "of another shape":  # sealed by us, so no damage: only other prompts help
+    assert "judge" in capsys.readouterr().err
+    if damage == "of another shape":  # sealed by us, so no damage: only another judge helps
         return
     assert run_cli(monkeypatch, "cache", "verify", "-s", store) == 3
-    assert "prompts.json" in capsys.readouterr().err
+    assert "judge.json" in capsys.readouterr().err
     assert run_cli(monkeypatch, "cache", "verify", "-s", store, "--repair") == 0
     report = precompute(finished / "photos", store, settings=SETTINGS, models=toys())
     assert report.parts_made == ({"pseudo_gt": 2})

@@ -13,13 +13,14 @@ from evenlight.cache.errors import EnvironmentLacks, PhotoError, StoreError, Usa
 from evenlight.cache.files import write_json
 from evenlight.cache.schema import PARTS, parts_from
 from evenlight.cache.store import Store
-from evenlight.pipeline import config, prompts
+from evenlight.pipeline import config
+from evenlight.pipeline.judge import store_judge, tune_clip, write_judge
 from evenlight.pipeline.models import Models
-from evenlight.pipeline.plan import plan_unit
+from evenlight.pipeline.plan import made_by, plan_unit
 from evenlight.pipeline.precompute import precompute, regenerate
-from evenlight.pipeline.prompts import store_scorer, tune_clip
 from evenlight.pipeline.train import train
 from evenlight.stages.photos.find import PhotoSource
+from evenlight.stages.priors.judge import Judge
 from evenlight.stages.priors.prompts import Scorer
 
 SMALL = ["photo.size=64", "run.unit_size=2", "ladder.regions=3"]
@@ -122,10 +123,11 @@ SAMPLE_VALUES = {
     "regions.min_area": 0.01, "regions.max_regions": 9, "regions.side": 256, "clip.model": "other",
     "clip.mean": (0.1, 0.2, 0.3), "clip.std": (0.1, 0.2, 0.3), "clip.image_size": 96,
     "ladder.family": "ps", "ladder.offsets": (-1.0, 0.0, 1.0),
-    "ladder.region_offsets": (-0.5, 0.0, 0.5), "ladder.regions": 2,
+    "ladder.regions": 2, "judge.prior_good": 0.2,
     "ladder.min_region_area": 0.1, "pseudo_gt.regional": False, "pseudo_gt.search": "grid",
-    "pseudo_gt.meter_weight": 0.1, "pseudo_gt.blend": 0.1, "pseudo_gt.max_strength": 1.0,
+    "pseudo_gt.max_strength": 1.0,
 }  # fmt: skip
+ALONGSIDE = {"ladder.family": {"pseudo_gt.search": "grid"}}  # the judge reads film ladders alone
 BY_CONTENT = {"regions.segmenter", "clip.weights"}
 
 
@@ -143,7 +145,8 @@ def test_every_setting_makes_exactly_its_parts_stale(key, finished):
     else:
         value, expected = SAMPLE_VALUES[key], parts_from(part)
     flat = config.flatten(config.to_dict(SETTINGS))
-    changed = config.from_flat(flat | ({key: value} if value is not None else {}))
+    also = ALONGSIDE.get(key, {})
+    changed = config.from_flat(flat | ({key: value} | also if value is not None else {}))
     now = plan_unit(0, record.photos, None, changed, models).fingerprints
     assert tuple(p for p in PARTS if now[p] != fresh[p]) == expected
 
@@ -164,7 +167,9 @@ def test_other_weights_remake_what_they_make(models, remade, photos, finished, t
 def test_regenerate_passes_no_image_through_clip_or_fastsam(finished, tmp_path, monkeypatch):
     store = copy(finished, tmp_path)
     other = Scorer(np_tensor([[0.9, 0.1, 0], [0, 1, 0], [-1, 0, 0]]), 0.05)
-    write_prompts(store, other)
+    with Store.create_or_open(store) as opened:
+        judge = Judge.shipped(ToyClip()).changed("prompts", other.to_tensors())
+        write_judge(opened, judge, ToyClip(), tuned=True)
 
     def forbidden(*_, **__):
         raise AssertionError("regenerate must not load or run a model")
@@ -201,13 +206,18 @@ def test_a_regenerate_stopped_half_way_is_stale_until_the_same_command_ends_it(f
     assert digest(store) == finished[1]
 
 
+def made_with_a_proposer(models, judge) -> dict[str, str]:
+    return made_by(models, f"{judge} and a proposer")
+
+
 @pytest.mark.parametrize("by", ["regenerate", "precompute"])
 def test_pseudo_gt_of_a_round_of_an_older_version_is_told_of_and_made_anew(
     by, photos, finished, tmp_path, monkeypatch, caplog
 ):
     store = tmp_path / "S"
     with monkeypatch.context() as older:
-        older.setattr("evenlight.pipeline.plan.judge", lambda prompts: f"{prompts} and a proposer")
+        for room in ("plan", "precompute"):
+            older.setattr(f"evenlight.pipeline.{room}.made_by", made_with_a_proposer)
         precompute(photos, store, settings=SETTINGS, models=toys())
     note = store / "evenlight" / "round.json"
     write_json(note, {"proposer": "a" * 64, "run": "runs/a"})
@@ -226,11 +236,11 @@ def test_pseudo_gt_of_a_round_of_an_older_version_is_told_of_and_made_anew(
 def test_prompts_that_fail_their_check_leave_the_former_ones(finished, tmp_path):
     store = copy(finished, tmp_path)
     with Store.open(store) as opened:
-        before = store_scorer(opened, None).fingerprint
+        before = store_judge(opened, None).fingerprint
     strict = config.build(overrides=[*SMALL, "prompts.min_accuracy=1.1"])
     report = tune_clip(store, settings=strict, clip=TunableToy())
     assert not report.accepted
-    assert report.prompts == before
+    assert report.judge == before
 
 
 def moved_photos(photos, folder, names):
@@ -464,11 +474,6 @@ def np_tensor(rows):
     import torch
 
     return torch.nn.functional.normalize(torch.tensor(rows, dtype=torch.float32), dim=1)
-
-
-def write_prompts(store, scorer) -> None:
-    with Store.create_or_open(store) as opened:
-        prompts.write_prompts(opened, scorer, ToyClip(), tuned=True)
 
 
 class TunableToy(ToyClip):

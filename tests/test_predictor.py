@@ -1,10 +1,9 @@
-"""The act: a photo is judged and corrected to a mean luma; what may be handed in as a photo."""
+"""The act: a photo is judged and corrected as it needs; what may be handed in as a photo."""
 
 import io
 
 import numpy as np
 import pytest
-import torch
 from photo_makers import exif, picture
 from PIL import Image
 from toy_corrector import save_toy_corrector, toy_models
@@ -12,11 +11,9 @@ from toy_corrector import save_toy_corrector, toy_models
 import evenlight
 from evenlight.cache.errors import EvenlightError, PhotoError, UsageError
 from evenlight.pipeline.load import load_predictor
-from evenlight.stages.corrector.network import MAX_STRENGTH
-from evenlight.stages.corrector.predictor import FULL_SHIFT, MAX_SHIFT, Verdict, meet_luma
-from evenlight.stages.pixels import luma, to_bytes, to_float
+from evenlight.stages.pixels import luma, to_float
 from evenlight.stages.priors import tone
-from evenlight.stages.priors.prompts import Scorer
+from evenlight.stages.priors.judge import STRENGTHS, Opinion
 
 
 @pytest.fixture(scope="module")
@@ -34,14 +31,27 @@ def dark(*shape: int, dtype: type = np.uint8) -> np.ndarray:
     return picture(*shape, dtype=dtype) // 4
 
 
-@pytest.mark.parametrize("sure", [0.05, 0.95])
-def test_a_photo_that_clip_surely_finds_good_stays_as_it_is(sure, predictor, monkeypatch):
-    logits = torch.log(torch.tensor([[(1 - sure) / 2, sure, (1 - sure) / 2]]))
-    monkeypatch.setattr(Scorer, "logits", lambda self, embeddings: logits)
-    photo = to_bytes(tone.apply("film", to_float(picture(64, 96, 3)), 0.2)).numpy()
-    assert np.array_equal(predictor.correct(photo), photo) == (sure > 0.7)
-    night = to_bytes(tone.apply("film", to_float(picture(64, 96, 3)), -2.0)).numpy()
-    assert not np.array_equal(predictor.correct(night), night)  # the meter contradicts
+def judged(monkeypatch, predictor, p_good: float, strength: float, apart: float = 0.0) -> None:
+    """Make judges say so of every photo, and of every region how far it is from its photo."""
+    opinion = Opinion(p_good, (strength == STRENGTHS).double().numpy())
+    monkeypatch.setattr(type(predictor.judge), "opinion", lambda *_: opinion)
+
+    def regions(self, cached, offsets, given):
+        return (
+            (apart == STRENGTHS)
+            .double()
+            .numpy()[None]
+            .repeat(int((cached["region_labels"] > 0).sum()), 0)
+        )
+
+    monkeypatch.setattr(type(predictor.judge), "region_opinions", regions)
+
+
+@pytest.mark.parametrize("p_good", [0.05, 0.95])
+def test_a_photo_that_the_judge_finds_good_stays_as_it_is(p_good, predictor, monkeypatch):
+    judged(monkeypatch, predictor, p_good, 1.0)
+    photo = picture(64, 96, 3)
+    assert np.array_equal(predictor.correct(photo), photo) == (p_good > 0.5)
 
 
 def test_a_photo_that_is_judged_good_meets_neither_segmenter_nor_network(predictor, monkeypatch):
@@ -50,56 +60,39 @@ def test_a_photo_that_is_judged_good_meets_neither_segmenter_nor_network(predict
     def forbidden(*_):
         raise AssertionError
 
-    kind = type(predictor)
-    monkeypatch.setattr(kind, "judge", lambda self, photo: Verdict(is_good=True, mean_luma=0.5))
     monkeypatch.setattr(type(predictor.segmenter), "features", forbidden)
+    judged(monkeypatch, predictor, 0.9, 1.0)
     corrected = predictor.correct(photo)
     assert np.array_equal(corrected, photo) and corrected is not photo
-    monkeypatch.setattr(kind, "judge", lambda self, photo: Verdict(is_good=False, mean_luma=0.5))
+    judged(monkeypatch, predictor, 0.0, 1.0)
     with pytest.raises(AssertionError):
         predictor.correct(photo)
 
 
-@pytest.mark.parametrize("wanted", [0.3, 0.5])
-def test_the_verdict_decides_the_mean_luma_of_the_output(wanted, predictor, monkeypatch):
-    verdict = Verdict(is_good=False, mean_luma=wanted)
-    monkeypatch.setattr(type(predictor), "judge", lambda self, photo: verdict)
-    corrected = predictor.correct(dark(96, 128, 3))
-    assert float(luma(to_float(corrected)).mean()) == pytest.approx(wanted, abs=0.03)
+@pytest.mark.parametrize("strength", [-1.0, 0.5])
+def test_the_judge_decides_how_bright_the_output_is(strength, predictor, monkeypatch):
+    judged(monkeypatch, predictor, 0.0, strength)
+    photo = picture(96, 128, 3)
+    wanted = tone.apply("film", to_float(photo), strength)
+    given = to_float(predictor.correct(photo))
+    assert float(luma(given).mean()) == pytest.approx(float(luma(wanted).mean()), abs=0.03)
 
 
-def test_strength_0_is_a_copy_of_every_bit_and_half_lies_between(predictor):
+def test_regions_are_set_apart_as_far_as_the_judge_says(predictor, monkeypatch):
+    photo = dark(96, 128, 3)
+    outputs = []
+    for apart in (0.0, 0.5):
+        judged(monkeypatch, predictor, 0.0, 0.5, apart)
+        outputs.append(float(predictor.correct(photo).mean()))
+    assert outputs[1] > outputs[0] + 5
+
+
+def test_strength_0_is_a_copy_of_every_bit_and_half_lies_between(predictor, monkeypatch):
+    judged(monkeypatch, predictor, 0.0, 1.0)
     photo = dark(80, 72, 3, dtype=np.uint16)
     still, half, full = (predictor.correct(photo, strength) for strength in (0, 0.5, 1))
     assert np.array_equal(still, photo) and still is not photo
     assert photo.mean() * 1.05 < half.mean() < full.mean() * 0.95
-
-
-def test_the_output_meets_the_luma_wanted_where_the_network_corrects():
-    rgb = to_float(picture(64, 96, 3)) * 0.3
-    strength, residual = torch.full_like(rgb, 0.6), torch.zeros_like(rgb)
-    strength[..., :48] += 0.2
-    met = meet_luma(rgb, strength, residual, "film", target=0.45)
-    shift = met - strength
-    assert float(shift.max() - shift.min()) < 1e-5  # as a whole: space stays the network's
-    output = tone.apply("film", rgb, met)
-    assert abs(float(luma(output).mean()) - 0.45) < 0.005
-
-
-@pytest.mark.parametrize("mean", [0.0, 0.05, -0.2])
-def test_where_the_network_hardly_corrects_brightness_hardly_shifts(mean):
-    rgb = to_float(picture(64, 96, 3)) * 0.3
-    strength, residual = torch.full_like(rgb, mean), torch.zeros_like(rgb)
-    shift = float((meet_luma(rgb, strength, residual, "film", 0.45) - strength).mean())
-    assert 0 <= shift <= MAX_SHIFT * abs(mean) / FULL_SHIFT + 1e-6
-    assert (shift > 0) == (mean != 0)
-
-
-def test_a_nearly_black_photo_is_not_pushed_past_the_largest_strength():
-    rgb = to_float(picture(64, 96, 3)) * 0.01
-    strength = torch.full_like(rgb, 1.9)
-    met = meet_luma(rgb, strength, torch.zeros_like(rgb), "film", target=0.45)
-    assert float(met.mean()) > 2 and float(met.max()) <= MAX_STRENGTH + 1e-6
 
 
 def test_one_photo_may_be_a_path_a_pil_image_or_an_array(predictor, tmp_path):

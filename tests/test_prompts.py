@@ -7,6 +7,9 @@ from safetensors.torch import load, save
 from torch import Tensor
 from torch.nn import functional as F
 
+from evenlight.pipeline.demo import installed_photo
+from evenlight.stages.pixels import to_float
+from evenlight.stages.priors import tone
 from evenlight.stages.priors.clip import load_clip
 from evenlight.stages.priors.prompts import (
     STRENGTH_PER_EV,
@@ -146,11 +149,13 @@ def test_scorer_is_differentiable_and_d_is_over_less_under() -> None:
 def test_gradient_of_the_prompt_loss_reaches_the_photo_through_the_shipped_clip() -> None:
     clip = load_clip(ClipSettings())
     scorer = zero_shot(clip)
-    photo = torch.full((1, 3, 64, 64), 0.1, requires_grad=True)
+    coffee = to_float(installed_photo("skimage/data", "coffee.png"))
+    dark, bright = (tone.apply("ev", coffee, t) for t in (-1.5, 1.5))
+    photo = dark.requires_grad_(True)
     before = scorer.exposure(clip.embed(photo))
     before.sum().backward()
     assert photo.grad is not None and photo.grad.abs().sum() > 0
-    assert before.item() < scorer.exposure(clip.embed(torch.full((1, 3, 64, 64), 0.9))).item()
+    assert before.item() < scorer.exposure(clip.embed(bright)).item()
 
 
 def test_shipped_clip_tunes_from_embeddings_of_its_own() -> None:

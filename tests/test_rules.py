@@ -26,7 +26,7 @@ IMPORTERS = {
     "safetensors": {
         "stages/corrector/checkpoint.py",
         "stages/priors/fastsam_weights.py",
-        "stages/priors/meter.py",
+        "stages/priors/judge.py",
     },
     "torchmetrics": {"stages/evaluation/metrics.py"},
     "skimage": {"stages/evaluation/metrics.py"},

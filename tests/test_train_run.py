@@ -8,11 +8,11 @@ from toys import ToyClip, ToySegmenter, write_photos
 from evenlight.cache.errors import StoreError
 from evenlight.cache.store import Store
 from evenlight.pipeline import config
+from evenlight.pipeline.judge import store_judge
 from evenlight.pipeline.models import Models
 from evenlight.pipeline.precompute import precompute
-from evenlight.pipeline.prompts import store_scorer
 from evenlight.pipeline.train import load_data, refuse_stale
-from evenlight.stages.corrector.inputs import at_working_size, prior_features
+from evenlight.stages.corrector.inputs import at_working_size, rule_corrected
 from evenlight.stages.photos.canvas import working
 from evenlight.stages.photos.decode import decode
 
@@ -30,12 +30,12 @@ def store(tmp_path_factory):
         yield opened
 
 
-def prompts(store) -> str:
-    return store_scorer(store, None).fingerprint
+def judge(store) -> str:
+    return store_judge(store, None).fingerprint
 
 
 def test_a_fresh_store_is_accepted(store):
-    refuse_stale(store, SETTINGS, Models(ToySegmenter(), ToyClip()), prompts(store))
+    refuse_stale(store, SETTINGS, Models(ToySegmenter(), ToyClip()), judge(store))
 
 
 @pytest.mark.parametrize(
@@ -44,13 +44,17 @@ def test_a_fresh_store_is_accepted(store):
         (["regions.iou=0.7"], Models(ToySegmenter(), ToyClip()), r"regions.*precompute"),
         ([], Models(ToySegmenter(1), ToyClip()), r"regions.*precompute"),
         ([], Models(ToySegmenter(), ToyClip(1)), r"embeddings.*precompute"),
-        (["pseudo_gt.blend=0.5"], Models(ToySegmenter(), ToyClip()), r"pseudo_gt.*regenerate"),
+        (
+            ["pseudo_gt.max_strength=1.5"],
+            Models(ToySegmenter(), ToyClip()),
+            r"pseudo_gt.*regenerate",
+        ),
     ],
 )
 def test_a_stale_store_is_refused_with_the_cure(store, overrides, models, said):
     changed = config.build(overrides=[*SMALL, *overrides])
     with pytest.raises(StoreError, match=said):
-        refuse_stale(store, changed, models, prompts(store))
+        refuse_stale(store, changed, models, judge(store))
 
 
 def test_training_sees_what_correcting_sees(store):
@@ -59,7 +63,9 @@ def test_training_sees_what_correcting_sees(store):
     name = data.names[1]
     file = next(p for p in (store.path.parent / "photos").iterdir() if p.name == name)
     photo = working(decode(file.read_bytes(), name).pixels, SETTINGS.photo.size)
-    rgb, proto, p3 = at_working_size(photo, *prior_features(photo, ToySegmenter()), 64)
+    fresh = ToySegmenter().segment(rule_corrected(photo))
+    features = (torch.from_numpy(x)[None].float() for x in (fresh.proto, fresh.p3))
+    rgb, proto, p3 = at_working_size(photo, *features, 64)
     height, width = data.extent[1].tolist()
     assert rgb.shape[2:] == (height, width)
     assert torch.equal(data.photo[1, :, :height, :width], (rgb[0] * 255).round().byte())

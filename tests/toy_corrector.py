@@ -12,7 +12,7 @@ from evenlight.pipeline import config
 from evenlight.pipeline.models import Models, priors_of
 from evenlight.stages.corrector.checkpoint import save_corrector
 from evenlight.stages.corrector.network import Corrector
-from evenlight.stages.priors.prompts import zero_shot
+from evenlight.stages.priors.judge import Judge
 from evenlight.stages.settings import Settings
 
 SMALL = ["photo.size=64", "train.size=64", "network.size=tiny", "ladder.regions=3"]
@@ -24,21 +24,20 @@ def toy_models(settings: Settings) -> Models:
 
 
 def save_toy_corrector(folder: Path, *, segmenter: int = 0, size: int = 64) -> Path:
-    """The meter with a red tint, as weights of a tiny network.
+    """The judge's curve with a red tint, as weights of a tiny network.
 
     segmenter: seed of the toy it claims to be trained with.  size: of photos for its priors.
     """
     network = Corrector(SETTINGS.network, ToySegmenter.p3_channels)
     with torch.no_grad():
-        network.brightness.last.weight[0, -11] = 1  # the first statistic is the meter's strength
         network.head.conv.bias[0] = 0.1
-    scorer = zero_shot(ToyClip())
+    judge = Judge.shipped(ToyClip())
     models = Models(ToySegmenter(segmenter), ToyClip())
     info = {
         "settings": config.to_dict(config.build(overrides=[*SMALL, f"photo.size={size}"])),
-        "priors": priors_of(models, scorer.fingerprint),
+        "priors": priors_of(models, judge.fingerprint),
     }
-    extra = {f"scorer.{name}": tensor for name, tensor in scorer.to_tensors().items()}
+    extra = {f"judge.{name}": tensor for name, tensor in judge.tensors.items()}
     return save_corrector(folder, network, info, extra)
 
 

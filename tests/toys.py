@@ -8,6 +8,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from evenlight.stages.pixels import luma, to_float
+from evenlight.stages.priors import tone
+from evenlight.stages.priors.judge import PERCENTILES, STRENGTHS, Opinion
 from evenlight.stages.priors.protocols import Regions
 
 
@@ -54,6 +56,40 @@ class ToyClip:
         angles = [0.0 if "under" in t else torch.pi if "over" in t else torch.pi / 2 for t in texts]
         angle = torch.tensor(angles)
         return F.normalize(torch.stack([angle.cos(), angle.sin(), 0 * angle], 1), dim=1)
+
+
+class ToyJudge:
+    """Wants every photo, and every region, at the mean luma of the rule."""
+
+    fingerprint = hashlib.sha256(b"judge").hexdigest()
+
+    class prompts:  # noqa: N801 - stands for an object
+        """d rises with brightness and is 0 at mid gray."""
+
+        @staticmethod
+        def logits(embedding_BD: Tensor) -> Tensor:
+            centre = torch.tensor([[1.0, 0, 0], [0, 1.0, 0], [-1.0, 0, 0]])
+            return 20 * F.normalize(embedding_BD, dim=1) @ centre.T
+
+    def opinion(self, cached: dict[str, np.ndarray], offsets: tuple[float, ...]) -> Opinion:
+        rule = float(cached["rule_strength"])
+        return Opinion(0.9 if abs(rule) < 0.15 else 0.05, peak(rule))
+
+    def region_opinions(
+        self, cached: dict[str, np.ndarray], offsets: tuple[float, ...], strength: float
+    ) -> np.ndarray:
+        count = int((cached["region_labels"] > 0).sum())
+        wanted = []
+        for tones in cached["region_tones"][:count]:
+            gray = torch.from_numpy(tones[: len(PERCENTILES)]).expand(1, 3, 1, -1)
+            wanted.append(float(tone.rule_strength(gray, "film")[0]))
+        return np.stack([peak(t - strength) for t in wanted])
+
+
+def peak(at: float, spread: float = 0.1) -> np.ndarray:
+    """Probabilities of the judge's strengths around one of them."""
+    p = np.exp(-0.5 * ((STRENGTHS.double().numpy() - at) / spread) ** 2)
+    return p / p.sum()
 
 
 def write_photos(folder, count: int, *, size: int = 64, seed: int = 0, gammas=(0.4, 2.5)) -> None:

@@ -90,8 +90,8 @@ def normalised(images: list[np.ndarray]) -> Tensor:
     return ((x - 0.5) / 0.5).contiguous(memory_format=torch.channels_last)
 
 
-def export(model: nn.Module, seen: Tensor, out: Path) -> None:
-    """float16 safetensors and the open_clip config.
+def export(model: nn.Module, seen: Tensor, out: Path, *, size: int = SIZE) -> None:
+    """float16 safetensors and the open_clip config.  size: of the square it sees, pixels.
 
     Rows of tokens that no caption used are still random: zero says nothing, noise would mislead.
     """
@@ -100,4 +100,6 @@ def export(model: nn.Module, seen: Tensor, out: Path) -> None:
     half = {k: v.half() if v.is_floating_point() else v for k, v in state.items()}
     save_file(half, out / "clip-lite0.safetensors.partial")
     (out / "clip-lite0.safetensors.partial").replace(out / "clip-lite0.safetensors")
-    (out / "clip-lite0.json").write_text(json.dumps(CONFIG, indent=2) + "\n")
+    config = copy.deepcopy(CONFIG)
+    config["model_cfg"]["vision_cfg"]["image_size"] = config["preprocess_cfg"]["size"] = size
+    (out / "clip-lite0.json").write_text(json.dumps(config, indent=2) + "\n")

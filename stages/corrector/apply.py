@@ -1,11 +1,12 @@
-"""A correction predicted at the working size, applied to a photo of any size.
+"""Apply a correction at full size: predicted at the working size, carried up strip by strip.
 
-The predicted maps are carried to full size by the lines a * luma + b of a guided filter fitted
-at the working size (stages/pixels.py), row strip by row strip: the cost per pixel is constant
-and memory is bounded by the photo itself.
+Strength and residual are carried by the lines a * luma + b of a guided filter fitted at the working
+size (stages/pixels.py), so that they follow the photo's own edges.  Fills are smooth: which pixels
+they fill is told by the photo's values at full size.  The cost per pixel is constant and memory is
+bounded by the photo itself.
 """
 
-# C channels, H W full-size pixels, h w working-size pixels
+# H W full-size pixels, h w working-size pixels
 
 from dataclasses import dataclass
 
@@ -14,32 +15,35 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from evenlight.stages.corrector.network import Correction, correct
 from evenlight.stages.pixels import coefficients, luma
-from evenlight.stages.priors import tone
 
 STRIP_PIXELS = 2**20
 GUIDE_RADIUS = 4  # working-size pixels
 GUIDE_EPS = 1e-3
-NEARLY_BLOWN = 0.9  # of white: above it, maps lose their colour
 
 
 @dataclass(frozen=True, kw_only=True)
 class Maps:
-    """A predicted correction at the working size, as lines over luma.
+    """A predicted correction at the working size, float32.
 
-    a, b: float32 1,6,h,w; channels 0-2 give the strength t per RGB channel, 3-5 the residual.
+    whole: strength of the photo, 1.  a, b: 1,6,h,w, lines over luma; channels 0-2 give the strength
+    per RGB channel, 3-5 the residual.  fill: 1,4,h,w; cover, then the shift per RGB channel.
     """
 
+    whole: Tensor
     a: Tensor
     b: Tensor
+    fill: Tensor
     family: str
 
 
-def fit_maps(photo_13hw: Tensor, strength: Tensor, residual: Tensor, family: str) -> Maps:
-    """Lines over luma for maps predicted at the working size (each 1,3,h,w)."""
-    maps = torch.cat([strength, residual], 1)
-    a, b = coefficients(luma(photo_13hw), maps, radius=GUIDE_RADIUS, eps=GUIDE_EPS)
-    return Maps(a=a, b=b, family=family)
+def fit_maps(photo_13hw: Tensor, correction: Correction, family: str) -> Maps:
+    """What is carried up of the correction of one photo at the working size."""
+    guided = torch.cat([correction.strength_B3HW, correction.residual_B3HW], 1)
+    a, b = coefficients(luma(photo_13hw), guided, radius=GUIDE_RADIUS, eps=GUIDE_EPS)
+    fill = torch.cat([correction.cover_B1HW, correction.shift_B3HW], 1)
+    return Maps(whole=correction.whole_B, a=a, b=b, fill=fill, family=family)
 
 
 def apply_maps(pixels_HW3: np.ndarray, maps: Maps, strength: float = 1.0) -> np.ndarray:
@@ -62,19 +66,12 @@ def _corrected_strip(
     top_value = np.iinfo(pixels.dtype).max
     values = torch.from_numpy(pixels.astype(np.float32)) / top_value
     rgb = values.permute(2, 0, 1)[None]
-    a, b = (_strip_of(x, strip, height, pixels.shape[1]) for x in (maps.a, maps.b))
-    full = _neutral_where_blown(rgb, (a * luma(rgb) + b) * strength)
-    corrected = tone.apply(maps.family, rgb, full[:, :3]) + full[:, 3:]
+    a, b, fill = (_strip_of(x, strip, height, pixels.shape[1]) for x in (maps.a, maps.b, maps.fill))
+    t, residual = (a * luma(rgb) + b).split(3, 1)
+    correction = Correction(maps.whole, t, fill[:, :1], fill[:, 1:], residual)
+    corrected = correct(rgb, correction.scaled(strength), maps.family)
     scaled = (corrected[0].permute(1, 2, 0).clamp(0, 1) * top_value).round()
     return scaled.numpy().astype(pixels.dtype)
-
-
-def _neutral_where_blown(rgb_13HW: Tensor, maps_16HW: Tensor) -> Tensor:
-    """The maps, their channels made one where the photo is blown: white holds no colour to correct,
-    and lamps and skies would take on that of what surrounds them."""
-    blown_11HW = ((rgb_13HW.amin(1, keepdim=True) - NEARLY_BLOWN) / (1 - NEARLY_BLOWN)).clamp(min=0)
-    parts = [part.lerp(part.mean(1, keepdim=True), blown_11HW) for part in maps_16HW.split(3, 1)]
-    return torch.cat(parts, 1)
 
 
 def _strip_of(low_1Chw: Tensor, strip: slice, height: int, width: int) -> Tensor:

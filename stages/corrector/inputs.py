@@ -7,14 +7,11 @@ masks (docs/method.md 2); photo and features are then brought to the working siz
 # B batch, H W pixels, h w feature cells
 
 import numpy as np
-import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from evenlight.stages.photos.canvas import Extent
 from evenlight.stages.pixels import resize, to_bytes, to_float
 from evenlight.stages.priors import tone
-from evenlight.stages.priors.protocols import Segmenter
 
 RULE_FAMILY = "film"
 
@@ -24,18 +21,6 @@ def rule_corrected(photo_HW3: np.ndarray) -> np.ndarray:
     rgb = to_float(photo_HW3)
     strength = tone.rule_strength(resize(rgb, 64, 64), RULE_FAMILY)
     return to_bytes(tone.apply(RULE_FAMILY, rgb, strength.view(1, 1, 1, 1))).numpy()
-
-
-def prior_features(photo_HW3: np.ndarray, segmenter: Segmenter) -> tuple[Tensor, Tensor]:
-    """proto 1,32,H/4,W/4 and P3 1,C,H/8,W/8 of a photo; H and W multiples of 8, uint8."""
-    height, width = photo_HW3.shape[:2]
-    rgb = to_float(rule_corrected(photo_HW3))
-    padded = F.pad(rgb, (0, -width % 32, 0, -height % 32), mode="replicate")
-    with torch.no_grad():
-        proto, p3 = segmenter.features(padded)
-    # float16 as in the store, so that cached and fresh features give the same correction
-    proto, p3 = proto.half().float().cpu(), p3.half().float().cpu()
-    return proto[..., : height // 4, : width // 4], p3[..., : height // 8, : width // 8]
 
 
 def at_working_size(

@@ -14,6 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from evenlight.stages.corrector.batches import Batch
+from evenlight.stages.corrector.network import lost
+from evenlight.stages.pixels import luma
 from evenlight.stages.settings import LossSettings
 
 Features = Callable[[Tensor], tuple[Tensor, Tensor]]  # rgb B,3,H,W in [0, 1] -> proto, p3
@@ -22,12 +24,13 @@ Logits = Callable[[Tensor], Tensor]  # rgb B,3,H,W in [0, 1] -> B,3 (under, norm
 # Until the shares are calibrated: parts of like size.
 START_WEIGHTS = {
     "data": 1.0,
+    "edges": 0.5,
     "colour": 0.2,
+    "clipped": 0.5,
     "semantic": 0.02,
     "prompt": 0.005,
-    "identity": 0.2,
-    "consistency": 0.2,
 }
+BORDER = 2  # how far a colour edge along what was lost may lie from it, pixels
 GOOD_ENOUGH = 0.9  # probability of "normal" from which the prompt half asks for no more
 DARK = 0.03  # pixels with a shorter RGB vector have no hue to keep
 
@@ -49,14 +52,14 @@ def total(
     share 0 are left out, and the semantic and prompt halves where the models see no photo.
     """
     target, confidence, chosen = batch.target, batch.confidence, batch.chosen
-    measure = mse if settings.faithful else charbonnier_ssim
+    measure = mse if settings.faithful else charbonnier
     parts = {"data": measure(output, target, confidence)}
+    if settings.edges:
+        parts["edges"] = edges(output, target, confidence)
     if settings.colour:
         parts["colour"] = colour(output, target, confidence)
-    if settings.identity:
-        parts["identity"] = identity(output, batch.photo, batch.well_exposed)
-    if settings.consistency and chosen.paired:
-        parts["consistency"] = charbonnier(*output.chunk(2)).mean()
+    if settings.clipped:
+        parts["clipped"] = clipped(output, target, confidence, batch.photo)
     if chosen.seen is not None:
         rows = slice(*chosen.seen)
         seen = output[rows].clamp(0, 1)
@@ -73,32 +76,28 @@ def mse(output_B3HW: Tensor, target_B3HW: Tensor, confidence_B1HW: Tensor) -> Te
     return _weighted_mean((output_B3HW - target_B3HW).square(), confidence_B1HW)
 
 
-def charbonnier_ssim(output_B3HW: Tensor, target_B3HW: Tensor, confidence_B1HW: Tensor) -> Tensor:
-    """10 Charbonnier weighted by confidence, + 0.2 (1 - SSIM)."""
-    error = _weighted_mean(charbonnier(output_B3HW, target_B3HW), confidence_B1HW)
-    return 10 * error + 0.2 * (1 - ssim(output_B3HW, target_B3HW))
+def charbonnier(output_B3HW: Tensor, target_B3HW: Tensor, confidence_B1HW: Tensor) -> Tensor:
+    """Smooth absolute error, and twice the squared one, weighted by confidence."""
+    error = output_B3HW - target_B3HW
+    absolute = (error.square() + 1e-5).sqrt() - 1e-5**0.5
+    return _weighted_mean(absolute + 2 * error.square(), confidence_B1HW)
 
 
-def charbonnier(x: Tensor, y: Tensor) -> Tensor:
-    """Smooth absolute difference, elementwise, 0 where equal."""
-    return ((x - y).square() + 1e-6).sqrt() - 1e-3
+def edges(output_B3HW: Tensor, target_B3HW: Tensor, confidence_B1HW: Tensor) -> Tensor:
+    """Absolute error of the differences between neighbours, down and to the right."""
+    return _edge_error(output_B3HW - target_B3HW, confidence_B1HW)
 
 
-def ssim(x_B3HW: Tensor, y_B3HW: Tensor) -> Tensor:
-    """Mean structural similarity over 8x8 windows every 4 pixels (uniform windows, as first
-    published by Wang et al.; a Gaussian one costs ten times more and trains the same)."""
-
-    def window(z: Tensor) -> Tensor:
-        return F.avg_pool2d(z, 8, stride=4)
-
-    mean_x, mean_y = window(x_B3HW), window(y_B3HW)
-    var_x = window(x_B3HW * x_B3HW) - mean_x * mean_x
-    var_y = window(y_B3HW * y_B3HW) - mean_y * mean_y
-    covariance = window(x_B3HW * y_B3HW) - mean_x * mean_y
-    c1, c2 = 0.01**2, 0.03**2
-    brightness = (2 * mean_x * mean_y + c1) / (mean_x * mean_x + mean_y * mean_y + c1)
-    structure = (2 * covariance + c2) / (var_x + var_y + c2)
-    return (brightness * structure).mean()
+def clipped(
+    output_B3HW: Tensor, target_B3HW: Tensor, confidence_B1HW: Tensor, photo_B3HW: Tensor
+) -> Tensor:
+    """The same of colour apart from brightness, along the borders of what was lost, where clipped
+    channels leave green, pink and yellow bands; 0 where nothing was lost."""
+    error = output_B3HW - target_B3HW
+    taken = lost(photo_B3HW).amax(1, keepdim=True)
+    side = 2 * BORDER + 1
+    border = F.max_pool2d(taken, side, 1, BORDER) + F.max_pool2d(-taken, side, 1, BORDER)
+    return _edge_error(error - luma(error), confidence_B1HW * border)
 
 
 def colour(output_B3HW: Tensor, target_B3HW: Tensor, confidence_B1HW: Tensor) -> Tensor:
@@ -132,12 +131,6 @@ def prompt(output_B3HW: Tensor, logits: Logits, view: tuple[int, int, int, int])
     enough = torch.tensor(GOOD_ENOUGH).log().item()
     normal = [logits(x).float().log_softmax(dim=1)[:, 1] for x in (output_B3HW, crop)]
     return torch.stack([(enough - p).relu() for p in normal]).mean()
-
-
-def identity(output_B3HW: Tensor, photo_B3HW: Tensor, well_exposed_B: Tensor) -> Tensor:
-    """Well-exposed photos stay as they are; 0 if the batch has none."""
-    error_B = charbonnier(output_B3HW, photo_B3HW).mean((1, 2, 3))
-    return (error_B * well_exposed_B).sum() / well_exposed_B.sum().clamp_min(1)
 
 
 @dataclass
@@ -190,6 +183,16 @@ class Calibration:
 def _weighted_mean(error_BCHW: Tensor, weight_B1HW: Tensor) -> Tensor:
     weight = weight_B1HW.expand_as(error_BCHW)
     return (error_BCHW * weight).sum() / weight.sum().clamp_min(1e-3)
+
+
+def _edge_error(error_B3HW: Tensor, weight_B1HW: Tensor) -> Tensor:
+    """Mean of both directions; a difference counts where both its pixels do."""
+    parts = []
+    for dim in (2, 3):
+        length = error_B3HW.shape[dim] - 1
+        first, second = (weight_B1HW.narrow(dim, start, length) for start in (0, 1))
+        parts.append(_weighted_mean(error_B3HW.diff(dim=dim).abs(), torch.minimum(first, second)))
+    return (parts[0] + parts[1]) / 2
 
 
 def _region_shares(labels_BHW: Tensor, size: torch.Size) -> Tensor:

@@ -1,47 +1,76 @@
-"""The corrector: a U-Net of SIMR blocks that predicts how to re-expose a photo.
+"""The corrector: a U-Net of SIMR blocks that gives back what exposure took from a photo.
 
-docs/method.md 6. Untrained it is the identity: both heads end in zero-initialised layers.
+docs/method.md 6. How bright a photo should be is the judge's word: its film strength comes in.  The
+network answers for structure: where the strength should differ, which colour fills highlights that
+were lost, and a residual.  Untrained it is the film curve at the judge's strength: its head ends in
+zero-initialised layers.
 """
 
 # B batch, C channels, H W pixels of the photo, h w of a feature map
 
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple, Self, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from evenlight.stages.corrector.blocks import SIMR, ChannelNorm, Pointwise
+from evenlight.stages.corrector.blocks import SIMR, Pointwise
 from evenlight.stages.pixels import luma
-from evenlight.stages.priors import meter, tone
+from evenlight.stages.priors import tone
 from evenlight.stages.settings import SIZES, NetworkSettings
 
-MAX_STRENGTH = 2.2  # |t| never exceeds it
-MAX_RESIDUAL = 0.1  # the most of its own content that the tone head adds
+MAX_OFFSET = 1.6  # how far the strength of a pixel may lie from the photo's
+MAX_SHIFT = 1.0  # of a fill's colour from the grey that the curve makes of white
+MAX_RESIDUAL = (0.06, 0.2)  # in light and in the dark, where noise is lifted
+LOST_FROM, LOST_TO = 0.88, 0.995  # values that clipping may have taken: from none to all of it
 PROTO_CHANNELS = 32  # FastSAM mask prototypes
-SMALL_SIDE = 32  # side of the copy that global statistics are taken from, pixels
-QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
-NUM_STATISTICS = 6 + len(QUANTILES)
-Layer = TypeVar("Layer", nn.Conv2d, nn.Linear)
+SEEN = 9  # planes that the tone head's network sees: photo, toned photo, what is lost
+# Before the tanh: offset moves slowly, lest training starts with photos too dark or too bright; the
+# cover fast, since it is to be near 0 or 1.
+GAINS = (0.3, 0.3, 0.3, 3.0, 0.5, 0.5, 0.5)
+Layer = TypeVar("Layer", bound=nn.Conv2d)
 
 
 class Correction(NamedTuple):
-    """What the corrector answers, at the size of the photo."""
+    """What the corrector answers, float32 at the size of the photo.
 
-    # t map per colour channel, |t| <= 2.2; 0 for the residual head
+    Only photos that are darkened are filled: cover and shift are 0 where whole >= 0.
+    """
+
+    # strength of the photo, the judge's; 0 for the residual head
+    whole_B: Tensor  # noqa: N815
+    # strength of each pixel and channel, within MAX_OFFSET of the photo's
     strength_B3HW: Tensor  # noqa: N815
-    # added after the tone operator; within +-0.1 for the tone head
+    # how far the fill hides what the curve leaves of a lost pixel, -1 to 1
+    cover_B1HW: Tensor  # noqa: N815
+    # of the fill's colour, from the grey that the curve makes of white
+    shift_B3HW: Tensor  # noqa: N815
+    # added at the end; within MAX_RESIDUAL for the tone head
     residual_B3HW: Tensor  # noqa: N815
+
+    def scaled(self, share: float) -> Self:
+        """So much of it: 0 changes nothing."""
+        return type(self)(*(share * part for part in self))
+
+
+def lost(photo: Tensor) -> Tensor:
+    """How much of each value clipping may have taken: 0 up to .88, 1 from .995.  Same shape."""
+    share = ((photo - LOST_FROM) / (LOST_TO - LOST_FROM)).clamp(0, 1)
+    return share * share * (3 - 2 * share)
 
 
 def correct(photo_B3HW: Tensor, correction: Correction, family: str) -> Tensor:
-    """The corrected photo, not clamped, float32 B,3,H,W: the tone operator, then the residual."""
+    """The corrected photo, not clamped, float32 B,3,H,W: curve, fills, residual."""
     toned = tone.apply(family, photo_B3HW, correction.strength_B3HW.float())
-    return toned + correction.residual_B3HW.float()
+    white = tone.apply(family, torch.ones_like(correction.whole_B), correction.whole_B)
+    white_B111 = white[:, None, None, None]
+    fill = correction.cover_B1HW * (white_B111 - toned) + correction.shift_B3HW
+    return toned + lost(photo_B3HW.float()) * fill + correction.residual_B3HW
 
 
 class Corrector(nn.Module):
-    """Predicts a Correction from a photo and the FastSAM features of its re-exposed copy."""
+    """Predicts a Correction from a photo, its strength, and FastSAM features of its re-exposed
+    copy."""
 
     def __init__(self, settings: NetworkSettings, p3_channels: int) -> None:
         super().__init__()
@@ -60,9 +89,10 @@ class Corrector(nn.Module):
             )
 
         self.semantics = Semantics(p3_channels, size.semantic, widths)
-        self.stem = nn.Sequential(
-            nn.PixelUnshuffle(size.stem), nn.Conv2d(3 * size.stem**2, widths[0], 3, padding=1)
-        )
+        self.is_tone = settings.head == "tone"
+        self.unshuffle = nn.PixelUnshuffle(size.stem)
+        planes = SEEN * size.stem**2 + 2 if self.is_tone else 3 * size.stem**2
+        self.stem = nn.Conv2d(planes, widths[0], 3, padding=1)
         self.encoder = nn.ModuleList(simr(m) for m in range(len(widths)))
         upper = range(len(widths) - 1)
         self.down = nn.ModuleList(
@@ -73,28 +103,21 @@ class Corrector(nn.Module):
         )
         self.merge = nn.ModuleList(Pointwise(2 * widths[m], widths[m]) for m in upper)
         self.decoder = nn.ModuleList(simr(m) for m in upper)
-        is_tone = settings.head == "tone"
-        self.head = (ToneHead if is_tone else ResidualHead)(widths[0], size.stem)
-        self.brightness = GlobalStrength(widths[-1], settings.family) if is_tone else None
+        self.head = (ToneHead if self.is_tone else ResidualHead)(widths[0], size.stem)
         self.to(memory_format=torch.channels_last)
 
     def forward(
-        self,
-        photo_B3HW: Tensor,
-        proto_B32hw: Tensor,
-        p3_BChw: Tensor,
-        whole_B3HW: Tensor | None = None,
+        self, photo_B3HW: Tensor, proto_B32hw: Tensor, p3_BChw: Tensor, strength_B: Tensor
     ) -> Correction:
         """Predict the correction of photos of any size from 16 pixels up.
 
         photo_B3HW: float RGB in [0, 1], sRGB; proto_B32hw at 1/4 and p3_BChw at 1/8 of its size.
-        whole_B3HW: where `photo` is a crop, a copy (any size) of the whole photo it was cut from,
-        which decides the global brightness; default: the photo itself.
+        strength_B: float, the judge's; the residual head, which answers for brightness too, does
+        not look at it.
         """
         height, width = photo_B3HW.shape[2:]
         padded_height, padded_width = (side + -side % self.multiple for side in (height, width))
-        x = _fit(photo_B3HW, padded_height, padded_width)
-        x = self.stem(x.contiguous(memory_format=torch.channels_last))
+        x = self.stem(self._seen(_fit(photo_B3HW, padded_height, padded_width), strength_B))
         semantics = self.semantics(
             _fit(proto_B32hw, padded_height // 4, padded_width // 4),
             _fit(p3_BChw, padded_height // 8, padded_width // 8),
@@ -105,16 +128,47 @@ class Corrector(nn.Module):
             x = self.encoder[m](x, semantics[m])
             skips.append(x)
             x = down(x)
-        bottom = x = self.encoder[-1](x, semantics[-1])
+        x = self.encoder[-1](x, semantics[-1])
         for m in reversed(range(len(skips))):
             x = self.merge[m](torch.cat([self.up[m](x), skips[m]], dim=1))
             x = self.decoder[m](x, semantics[m])
-        tau, rho = (_fit(part, height, width) for part in self.head(x))
-        if self.brightness is None:
-            return Correction(tau, rho)
-        whole = photo_B3HW if whole_B3HW is None else whole_B3HW
-        tau = tau.float() + self.brightness(bottom, whole)[:, None, None, None]
-        return Correction(MAX_STRENGTH * tau.tanh(), MAX_RESIDUAL * rho.float().tanh())
+        answer = _fit(self.head(x), height, width).float()
+        return self._correction(photo_B3HW, strength_B.float(), answer)
+
+    def _seen(self, photo_B3HW: Tensor, strength_B: Tensor) -> Tensor:
+        """What the stem reads, at its size."""
+        if not self.is_tone:
+            seen = self.unshuffle(photo_B3HW)
+            return seen.contiguous(memory_format=torch.channels_last)
+        t_B111 = strength_B.float()[:, None, None, None]
+        family = self.settings.family
+        toned = tone.apply(family, photo_B3HW, t_B111)
+        white = tone.apply(family, torch.ones_like(t_B111), t_B111)
+        seen = torch.cat([photo_B3HW - 0.5, toned - 0.5, lost(photo_B3HW)], dim=1)
+        seen = self.unshuffle(seen)
+        planes = torch.cat([t_B111, white], dim=1).expand(-1, -1, *seen.shape[2:])
+        seen = torch.cat([seen, planes], dim=1)
+        return seen.contiguous(memory_format=torch.channels_last)
+
+    def _correction(self, photo: Tensor, strength_B: Tensor, answer: Tensor) -> Correction:
+        """What the head's answer says of this photo."""
+        if not self.is_tone:
+            nothing = torch.zeros_like(answer)
+            return Correction(
+                torch.zeros_like(strength_B), nothing, nothing[:, :1], nothing, answer
+            )
+        offset, cover, shift, residual = answer.tanh().split([3, 1, 3, 3], dim=1)
+        t_B111 = strength_B[:, None, None, None]
+        darkened = (t_B111 < 0).float()
+        light, dark = MAX_RESIDUAL
+        most = light + (dark - light) * (1 - luma(photo.float())) ** 4
+        return Correction(
+            whole_B=strength_B,
+            strength_B3HW=t_B111 + MAX_OFFSET * offset,
+            cover_B1HW=darkened * cover,
+            shift_B3HW=darkened * MAX_SHIFT * shift,
+            residual_B3HW=most * residual,
+        )
 
 
 class Semantics(nn.Module):
@@ -140,77 +194,33 @@ class Semantics(nn.Module):
 
 
 class ResidualHead(nn.Module):
-    """The paper's head: a residual in RGB.  Returns (0, residual), B,3,H,W each."""
+    """The paper's head: a residual in RGB, B,3,H,W."""
 
     def __init__(self, channels: int, stem: int) -> None:
         super().__init__()
         self.conv = _zeroed(nn.Conv2d(channels, 3 * stem**2, 3, padding=1))
         self.shuffle = nn.PixelShuffle(stem)
 
-    def forward(self, x_BChw: Tensor) -> tuple[Tensor, Tensor]:
-        residual = self.shuffle(self.conv(x_BChw))
-        return torch.zeros_like(residual), residual
+    def forward(self, x_BChw: Tensor) -> Tensor:
+        return self.shuffle(self.conv(x_BChw))
 
 
 class ToneHead(nn.Module):
-    """Before their tanh: a smooth strength map (bilinear from the stem's size) and a residual."""
+    """Before their tanh: smooth maps (bilinear from the stem's size) of the strength's offset (3
+    channels), the fill's cover (1) and shift (3), and a residual (3).  B,10,H,W."""
 
     def __init__(self, channels: int, stem: int) -> None:
         super().__init__()
         self.stem = stem
-        self.conv = _zeroed(nn.Conv2d(channels, 3 + 3 * stem**2, 3, padding=1))
+        self.conv = _zeroed(nn.Conv2d(channels, 7 + 3 * stem**2, 3, padding=1))
         self.shuffle = nn.PixelShuffle(stem)
 
-    def forward(self, x_BChw: Tensor) -> tuple[Tensor, Tensor]:
-        tau, rho = self.conv(x_BChw).tensor_split([3], dim=1)
+    def forward(self, x_BChw: Tensor) -> Tensor:
+        smooth, residual = self.conv(x_BChw).tensor_split([7], dim=1)
+        smooth = smooth * smooth.new_tensor(GAINS).view(1, 7, 1, 1)
         if self.stem > 1:
-            tau = F.interpolate(tau, scale_factor=float(self.stem), mode="bilinear")
-        return tau, self.shuffle(rho)
-
-
-class GlobalStrength(nn.Module):
-    """One strength (before tanh) for the whole photo, so that the map answers for space and colour.
-
-    Brightness decides most of PSNR. From pooled bottom features and statistics of the photo, among
-    them the strength that the meter asks for: the meter is one weight away.
-    """
-
-    def __init__(self, channels: int, family: str) -> None:
-        super().__init__()
-        self.family = family
-        self.norm = ChannelNorm(channels)
-        self.hidden = nn.Sequential(nn.Linear(channels + NUM_STATISTICS, 64), nn.GELU())
-        self.last = _zeroed(nn.Linear(64 + NUM_STATISTICS, 1))
-
-    def forward(self, bottom_BChw: Tensor, whole_B3HW: Tensor) -> Tensor:
-        pooled = self.norm(bottom_BChw.mean((2, 3), keepdim=True)).flatten(1)
-        statistics = photo_statistics(whole_B3HW, self.family)
-        with torch.autocast(pooled.device.type, enabled=False):
-            hidden = self.hidden(torch.cat([pooled.float(), statistics], dim=1))
-            return self.last(torch.cat([hidden, statistics], dim=1)).squeeze(1)
-
-
-@torch.no_grad()
-def photo_statistics(photo_B3HW: Tensor, family: str) -> Tensor:
-    """What a light meter and a histogram say, each about within +-2, from a 32-pixel copy.
-
-    The meter's strength (before tanh); mean, spread and quantiles of luma; colour cast.
-    Returns float32 B,NUM_STATISTICS.
-    """
-    small = F.adaptive_avg_pool2d(photo_B3HW.float(), SMALL_SIDE)
-    metered = meter.matrix_strength(small, family) / MAX_STRENGTH
-    luma_BL = luma(small).flatten(1)
-    mean_B = luma_BL.mean(1)
-    levels_BQ = luma_BL.quantile(luma_BL.new_tensor(QUANTILES), dim=1).T
-    cast_B3 = small.mean((2, 3)) - mean_B[:, None]
-    columns = [
-        metered.clamp(-0.98, 0.98).atanh()[:, None],
-        4 * (mean_B[:, None] - 0.5),
-        4 * (luma_BL.std(1, keepdim=True) - 0.2),
-        4 * (levels_BQ - 0.5),
-        10 * cast_B3,
-    ]
-    return torch.cat(columns, dim=1)
+            smooth = F.interpolate(smooth, scale_factor=float(self.stem), mode="bilinear")
+        return torch.cat([smooth, self.shuffle(residual)], dim=1)
 
 
 def _fit(x_BChw: Tensor, height: int, width: int) -> Tensor:

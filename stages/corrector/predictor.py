@@ -1,13 +1,14 @@
 """The product's act: one photo in, the same photo well exposed out.
 
-A photo is judged first: it stays as it is, or it is given the mean luma that its scene wants.  The
-network, which sees the photo with the segmenter's features, says where and in which channel to
-correct how much; its strengths are shifted as a whole until the mean luma is met.  All of this
+A photo is judged first: it stays as it is, or the judge gives the strength that takes it to what it
+is meant to be.  The network, which sees the photo, that strength and the segmenter's features, says
+where and in which channel to depart from it, what fills lost highlights, and the rest.  All of this
 happens at the working size; what it says is applied at full size by apply.py.
 """
 
 # H W pixels at the priors' size, h w at the network's working size
 
+import dataclasses
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,48 +16,41 @@ import torch
 from torch import Tensor
 
 from evenlight.stages.corrector.apply import Maps, apply_maps, fit_maps
-from evenlight.stages.corrector.inputs import at_working_size, prior_features, rule_corrected
-from evenlight.stages.corrector.network import MAX_STRENGTH, Corrector
+from evenlight.stages.corrector.inputs import at_working_size, rule_corrected
+from evenlight.stages.corrector.network import Correction, Corrector
 from evenlight.stages.photos.canvas import working
-from evenlight.stages.pixels import luma, resize, to_float
-from evenlight.stages.priors import meter, tone
-from evenlight.stages.priors.ladder import embed_photo
-from evenlight.stages.priors.prompts import Scorer
+from evenlight.stages.photos.visible import visible
+from evenlight.stages.pixels import resize, to_bytes, to_float
+from evenlight.stages.priors import tone
+from evenlight.stages.priors.judge import FAMILY, Judge, Opinion, asked, decide
+from evenlight.stages.priors.ladder import embed_ladder, embed_photo, embed_regions
 from evenlight.stages.priors.protocols import ClipModel, Segmenter
-from evenlight.stages.priors.pseudo_gt import choose, well_exposed
+from evenlight.stages.priors.pseudo_gt import by_region, choose
 from evenlight.stages.settings import Settings
-
-MAX_SHIFT = 1.5  # of the strength map, towards the mean luma wanted
-FULL_SHIFT = 0.5  # mean strength from which the mean luma wanted is met in full
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """What a photo needs.  mean_luma: that its scene wants, in [0, 1]."""
-
-    is_good: bool
-    mean_luma: float
 
 
 @dataclass(frozen=True, kw_only=True)
 class Predictor:
-    """A trained corrector, the frozen models it was trained with, and the prompts that judge."""
+    """A trained corrector, the frozen models it was trained with, and their judge."""
 
     network: Corrector
     settings: Settings  # of the training
     segmenter: Segmenter
     clip: ClipModel
-    scorer: Scorer
+    judge: Judge
 
-    def correct(self, pixels_HW3: np.ndarray, strength: float = 1.0) -> np.ndarray:
+    def correct(
+        self, pixels_HW3: np.ndarray, strength: float = 1.0, alpha_HW: np.ndarray | None = None
+    ) -> np.ndarray:
         """The corrected photo, same shape and dtype; a good photo as it is.
 
         pixels: uint8 or uint16 RGB, sRGB-encoded, of any size from 16 pixels a side.  strength:
-        0 leaves every value as it is, 1 applies the whole correction.
+        0 leaves every value as it is, 1 applies the whole correction.  alpha: of the same type;
+        what it hides does not count.
         """
         if strength == 0:
             return pixels_HW3.copy()
-        maps = self.predict(working(pixels_HW3, self.settings.photo.size))
+        maps = self.predict(visible(pixels_HW3, alpha_HW, self.settings.photo.size))
         return pixels_HW3.copy() if maps is None else apply_maps(pixels_HW3, maps, strength)
 
     def predict(self, photo_HW3: np.ndarray) -> Maps | None:
@@ -64,66 +58,73 @@ class Predictor:
 
         photo: uint8 at the priors' size, sides multiples of 8.
         """
-        family = self.settings.network.family
-        if self.settings.network.head == "residual":  # the paper's: it answers for brightness too
-            rgb, strength, residual = self._ask_network(photo_HW3)
-            return fit_maps(rgb, strength, residual, family)
-        verdict = self.judge(photo_HW3)
-        if verdict.is_good:
-            return None
-        rgb, strength, residual = self._ask_network(photo_HW3)
-        strength = meet_luma(rgb, strength, residual, family, verdict.mean_luma)
-        return fit_maps(rgb, strength, residual, family)
+        if self.settings.network.head == "residual":  # the paper's: it judges by itself
+            return self._ask_network(photo_HW3, 0.0, None)
+        seen = self._look(photo_HW3)
+        opinion = self.judge.opinion(seen, self._offsets)
+        strength = decide(opinion, self.settings.judge.prior_good)
+        return self._ask_network(photo_HW3, strength, seen) if strength else None
 
-    def judge(self, photo_HW3: np.ndarray) -> Verdict:
-        """What CLIP and the meter find.  photo: as in `predict`."""
-        rgb = to_float(photo_HW3)
-        reading = meter.read(rgb, self.settings.network.family)
-        with torch.inference_mode():
-            seen = self.clip.embed(resize(rgb, self.clip.size, self.clip.size))
-            logits = self.scorer.logits(seen)[0].cpu().double().numpy()
-        return Verdict(
-            is_good=well_exposed(logits, float(reading.log_odds[0]), float(reading.strength[0])),
-            mean_luma=float(reading.target[0]),
-        )
+    def opinion(self, photo_HW3: np.ndarray) -> Opinion:
+        """What the judge says.  photo: as in `predict`."""
+        return self.judge.opinion(self._look(photo_HW3), self._offsets)
+
+    def on_curve(self, pixels_HW3: np.ndarray) -> np.ndarray:
+        """The photo (uint8) on the plain film curve at the judge's strength: no network."""
+        photo = working(pixels_HW3, self.settings.photo.size)
+        strength = decide(self.opinion(photo), self.settings.judge.prior_good)
+        return to_bytes(tone.apply(FAMILY, to_float(pixels_HW3), strength)).numpy()
 
     def pseudo_gt(self, pixels_HW3: np.ndarray) -> dict[str, np.ndarray]:
         """The pseudo_gt part, and regions, of a photo that is in no store, at the priors' size."""
         photo = working(pixels_HW3, self.settings.photo.size)
         regions = self.segmenter.segment(rule_corrected(photo))
         cached = embed_photo(photo, regions.labels, self.clip, self.settings.ladder)
-        ladder, settings = self.settings.ladder, self.settings.pseudo_gt
-        chosen = choose(photo, regions.labels, cached, self.scorer, ladder, settings)
+        chosen = choose(photo, regions.labels, cached, self.judge, self.settings)
         return chosen | {"regions": regions.labels}
 
-    def _ask_network(self, photo_HW3: np.ndarray) -> tuple[Tensor, Tensor, Tensor]:
-        """The photo at the working size, strength and residual for it; float32 1,3,h,w each."""
-        features = prior_features(photo_HW3, self.segmenter)
-        inputs = at_working_size(photo_HW3, *features, self.settings.train.size)
-        device = next(self.network.parameters()).device
+    @property
+    def _offsets(self) -> tuple[float, ...]:
+        """Of the rungs that the judge asks."""
+        offsets = self.settings.ladder.offsets
+        return tuple(offsets[rung] for rung in asked(offsets))
+
+    def _look(self, photo_HW3: np.ndarray) -> dict[str, np.ndarray]:
+        """What the judge reads of the photo as a whole."""
         with torch.inference_mode():
-            strength, residual = self.network(*(x.to(device) for x in inputs))
-        return inputs[0], strength.cpu(), residual.cpu()
+            return embed_ladder(photo_HW3, self.clip, self.settings.ladder, self._offsets)
 
+    def _ask_network(
+        self, photo_HW3: np.ndarray, strength: float, seen: dict[str, np.ndarray] | None
+    ) -> Maps:
+        """What the network makes of the judge's strength, regions as far apart as the judge says.
 
-def meet_luma(
-    photo_13hw: Tensor, strength: Tensor, residual: Tensor, family: str, target: float
-) -> Tensor:
-    """The strength map shifted as a whole, so that the output has the mean luma `target`.
+        seen: what the judge reads of the photo; None: it is not asked about regions.
+        """
+        regions = self.segmenter.segment(rule_corrected(photo_HW3))
+        proto, p3 = (torch.from_numpy(x)[None].float() for x in (regions.proto, regions.p3))
+        inputs = at_working_size(photo_HW3, proto, p3, self.settings.train.size)
+        device = next(self.network.parameters()).device
+        given = torch.tensor([strength], device=device)
+        with torch.inference_mode():
+            correction = self.network(*(x.to(device) for x in inputs), given)
+        here = Correction(*(part.cpu() for part in correction))
+        if seen is not None:
+            apart = self._apart(photo_HW3, regions.labels, seen, strength)
+            apart = resize(apart, *inputs[0].shape[2:])
+            here = here._replace(strength_B3HW=here.strength_B3HW + apart)
+        return fit_maps(inputs[0], here, self.settings.network.family)
 
-    The network answers for space and colour, the judge for brightness: trained on both in one loss
-    it fell behind the meter on real brackets, by .8 dB, and shifted it did not.  Where the network
-    hardly corrects, its word counts: the shift grows with the mean strength, in full from
-    FULL_SHIFT on.
-    """
-
-    def mean_luma(shift: float) -> float:
-        output = tone.apply(family, photo_13hw, strength + shift) + residual
-        return float(luma(output.clamp(0, 1)).mean())
-
-    low, high = -MAX_SHIFT, MAX_SHIFT
-    for _ in range(12):
-        middle = (low + high) / 2
-        low, high = (middle, high) if mean_luma(middle) < target else (low, middle)
-    trust = min(1.0, abs(float(strength.mean())) / FULL_SHIFT)
-    return (strength + trust * (low + high) / 2).clamp(-MAX_STRENGTH, MAX_STRENGTH)
+    def _apart(
+        self, photo_HW3: np.ndarray, labels: np.ndarray, seen: dict[str, np.ndarray], whole: float
+    ) -> Tensor:
+        """How far the judge sets each pixel's strength apart from the photo's.  1,1,H/4,W/4."""
+        settings = dataclasses.replace(
+            self.settings,
+            ladder=dataclasses.replace(self.settings.ladder, offsets=self._offsets),
+        )
+        with torch.inference_mode():
+            rule = float(seen["rule_strength"])
+            cached = seen | embed_regions(photo_HW3, labels, self.clip, settings.ladder, rule)
+            _, t_map = by_region(photo_HW3, labels, cached, self.judge, settings, whole)
+        return t_map - whole

@@ -12,16 +12,9 @@ from torch import Tensor, nn
 
 from evenlight.cache.errors import EvenlightError
 from evenlight.cache.files import Lock, make_folder, write_json
-from evenlight.stages.corrector.batches import (
-    Draw,
-    TrainingData,
-    draw,
-    small_copies,
-    split_photos,
-    take,
-)
+from evenlight.stages.corrector.batches import Draw, TrainingData, take
 from evenlight.stages.corrector.checkpoint import checkpoint_path, load_checkpoint, save_corrector
-from evenlight.stages.corrector.losses import Frozen, total
+from evenlight.stages.corrector.losses import Frozen, mse, total
 from evenlight.stages.corrector.network import Corrector, correct
 from evenlight.stages.corrector.run import (
     Progress,
@@ -32,6 +25,7 @@ from evenlight.stages.corrector.run import (
     choices_of,
 )
 from evenlight.stages.corrector.scan import choose
+from evenlight.stages.corrector.streams import draw, plan_streams, validation_draws
 from evenlight.stages.settings import Settings
 
 log = logging.getLogger(__name__)
@@ -54,7 +48,7 @@ class TrainResult:
     folder: Path  # holds corrector.safetensors and corrector.json
     steps: int
     best_step: int
-    best_psnr: float  # dB, EMA output against pseudo-GT on the held-out photos
+    best_psnr: float  # dB, EMA output on the held-out photos
     seconds_per_step: float  # of the steps of this call; 0 if there was none left to do
 
 
@@ -87,21 +81,20 @@ def _take_steps(
 ) -> None:
     """The loop: every step that the run has yet to do."""
     options, device = settings.train, models.device
-    photos, held_out = split_photos(len(data.photo), options)
-    extents, small = data.extent.tolist(), small_copies(data).to(device)
-    paired = settings.losses.consistency > 0
+    pools, held_out = plan_streams(data, options)
+    extents, checks = data.extent.tolist(), validation_draws(held_out, options)
     amp = options.amp and device.type == "cuda" and torch.cuda.is_bf16_supported()
     log.info("training on %s, scan: %s (%s)", device, *choose(device))
 
     while run.step < options.steps:
         started = time.perf_counter()
         rate = learning_rate(run.step, settings)
-        chosen = draw(run.step, photos, extents, options, paired)
-        batch = take(data, small, extents, chosen, options.crop)
+        chosen = draw(run.step, pools, extents, options)
+        batch = take(data, extents, chosen, min(options.crop, options.size), device)
 
         # forward, in bfloat16 where the device gains; scan, FFT and tone curves stay in float32
         with torch.autocast(device.type, torch.bfloat16, enabled=amp):
-            correction = run.network(batch.photo, batch.proto, batch.p3, batch.whole)
+            correction = run.network(batch.photo, batch.proto, batch.p3, batch.strength)
         output = correct(batch.photo, correction, settings.network.family)
         loss, parts = total(batch, output, run.calibration.weights, settings.losses, models)
 
@@ -114,7 +107,7 @@ def _take_steps(
         norm = nn.utils.get_total_norm(gradients)
         figures = {"loss": loss, "gradient": norm, **parts}
         if not (math.isfinite(loss.item()) and math.isfinite(norm.item())):
-            names = [data.names[i] for i in chosen.photos]
+            names = [data.names[sample.photo] for sample in chosen.samples]
             raise _not_finite(run, settings, chosen, names, figures)
 
         # step
@@ -136,7 +129,7 @@ def _take_steps(
             record(run.step, {"weights": run.calibration.finish()})
         validated = run.step % options.validate_every == 0 or last
         if validated:
-            psnr = validate(run.ema, data, held_out, settings)
+            psnr = validate(run.ema, data, checks, settings)
             record(run.step, {"validation_psnr": psnr})
             if psnr > run.best_psnr:
                 run.best_psnr, run.best_step = psnr, run.step
@@ -154,20 +147,17 @@ def learning_rate(step: int, settings: Settings) -> float:
 
 @torch.no_grad()
 def validate(
-    network: Corrector, data: TrainingData, photos: list[int], settings: Settings
+    network: Corrector, data: TrainingData, checks: list[Draw], settings: Settings
 ) -> float:
-    """Mean PSNR in dB of the corrected photos against their pseudo-GT, whole photos."""
+    """Mean PSNR in dB of corrected photos against their answers, where these are known."""
     device = next(network.parameters()).device
+    extents, size = data.extent.tolist(), settings.train.size
     values = []
-    for i in photos:
-        height, width = data.extent[i].tolist()
-        photo = data.photo[i : i + 1, :, :height, :width].to(device).float() / 255
-        target = data.pseudo_gt[i : i + 1, :, :height, :width].to(device).float() / 255
-        proto = data.proto[i : i + 1, :, : height // 4, : width // 4].to(device).float()
-        p3 = data.p3[i : i + 1, :, : height // 8, : width // 8].to(device).float()
-        output = correct(photo, network(photo, proto, p3), settings.network.family).clamp(0, 1)
-        error = (output - target).square().mean().clamp_min(1e-10)
-        values.append(-10 * torch.log10(error))
+    for check in checks:
+        batch = take(data, extents, check, size, device)
+        correction = network(batch.photo, batch.proto, batch.p3, batch.strength)
+        output = correct(batch.photo, correction, settings.network.family).clamp(0, 1)
+        values.append(-10 * mse(output, batch.target, batch.confidence).clamp_min(1e-10).log10())
     return float(torch.stack(values).mean())
 
 

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 
 from evenlight.stages.pixels import resize, to_bytes, to_float
-from evenlight.stages.priors import meter, tone
+from evenlight.stages.priors import tone
 
 GAMMA_SEARCH = np.linspace(-2.5, 2.5, 101)
 
@@ -29,13 +29,6 @@ def film_rule(photo: np.ndarray) -> np.ndarray:
     return to_bytes(tone.apply("film", rgb, strength.view(1, 1, 1, 1))).numpy()
 
 
-def film_meter(photo: np.ndarray) -> np.ndarray:
-    """Mean luma to what the meter asks for, by the film curve: no network, no reference."""
-    rgb = to_float(photo)
-    t = meter.read(rgb, "film").strength
-    return to_bytes(tone.apply("film", rgb, t.view(1, 1, 1, 1))).numpy()
-
-
 def best_gamma(
     photo: np.ndarray, reference: np.ndarray, mask: np.ndarray | None = None
 ) -> np.ndarray:
@@ -52,7 +45,6 @@ def best_gamma(
 BASELINES: dict[str, Baseline] = {
     "identity": untouched,
     "film rule": film_rule,
-    "film meter": film_meter,
 }
 ORACLES: dict[str, Oracle] = {"best gamma (answer in hand)": best_gamma}
 

@@ -1,18 +1,20 @@
-"""What CLIP sees of a photo: itself, its tone ladder, and its regions at five strengths.
+"""What CLIP sees of a photo: itself, the rungs of its tone ladder, and its regions.
 
-Everything a choice of prompts could later ask for is embedded here once, so that new prompts
-re-score and re-choose without an image passing through CLIP again.
+Everything a judge or a choice of prompts could later ask for is embedded here once, so that new
+ones choose again without an image passing through CLIP.  The tones of all that is embedded are
+cached beside.
 """
 
-# K ladder strengths, R regions, J region strengths, D embedding, H W pixels
+# K ladder strengths, R regions, D embedding, T tones, H W pixels
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from evenlight.stages.pixels import luma, resize, to_float
-from evenlight.stages.priors import tone
+from evenlight.stages.photos.visible import inside_border
+from evenlight.stages.pixels import luma, resize, to_bytes, to_float
+from evenlight.stages.priors import judge, tone
 from evenlight.stages.priors.protocols import ClipModel
 from evenlight.stages.settings import LadderSettings
 
@@ -56,41 +58,72 @@ def region_crop(rgb_13HW: Tensor, mask_HW: Tensor, size: int) -> Tensor:
     return inside * crop + (1 - inside) * blurred
 
 
+def embed_ladder(
+    photo_HW3: np.ndarray, clip: ClipModel, settings: LadderSettings, offsets: tuple[float, ...]
+) -> dict[str, np.ndarray]:
+    """What the judge and the prompts read of a photo itself, at some rungs of its ladder.
+
+    photo: uint8 H,W,3 sRGB; a border of it does not count.  offsets: of the rungs from the
+    mean-luma rule.  Returns clip_photo,
+    clip_ladder, tones (of the photo, then of each rung), rule_strength, ladder_clipped, mean_luma
+    and clipped (docs/architecture.md).
+    """
+    small = resize(to_float(inside_border(photo_HW3)), clip.size, clip.size)
+    rule = float(tone.rule_strength(small, settings.family)[0])
+    strengths = rule + torch.tensor(offsets)
+    ladder = tone.apply(settings.family, small, strengths.view(-1, 1, 1, 1))
+    seen = torch.cat([small, ladder])
+    embeddings = clip.embed(seen).cpu().numpy()
+    return {
+        "clip_photo": embeddings[0].astype(np.float32),
+        "clip_ladder": embeddings[1:].astype(np.float16),
+        "tones": np.stack([judge.tones(to_bytes(rgb[None]).numpy()) for rgb in seen]),
+        "rule_strength": np.array(rule, np.float32),
+        "ladder_clipped": clipped(ladder).numpy().astype(np.float32),
+        "mean_luma": luma(small).mean().numpy().astype(np.float32),
+        "clipped": clipped(small)[0].numpy().astype(np.float32),
+    }
+
+
+def embed_regions(
+    photo_HW3: np.ndarray,
+    labels_HW: np.ndarray,
+    clip: ClipModel,
+    settings: LadderSettings,
+    rule: float,
+) -> dict[str, np.ndarray]:
+    """What the judge reads of the largest regions: their embeddings, after the mean-luma rule of
+    the whole photo so that dark ones can be seen, and their tones as they are.
+
+    labels: uint8 H,W, from 1.  rule: the photo's rule strength.  Returns clip_regions,
+    region_tones, region_labels and region_areas; rows of absent regions are zero.
+    """
+    rgb = to_float(photo_HW3)
+    ruled = tone.apply(settings.family, rgb, rule)
+    labels = torch.from_numpy(labels_HW)
+    regions = largest_regions(labels_HW, settings)
+    found: dict[str, np.ndarray] = {
+        "clip_regions": np.zeros((settings.regions, clip.dim), np.float16),
+        "region_tones": np.zeros((settings.regions, judge.NUM_TONES), np.float32),
+        "region_labels": np.zeros(settings.regions, np.uint8),
+        "region_areas": np.zeros(settings.regions, np.float32),
+    }
+    if regions:
+        crops = [region_crop(ruled, labels == label, clip.size) for label, _ in regions]
+        found["clip_regions"][: len(regions)] = clip.embed(torch.cat(crops)).cpu().numpy()
+    for row, (label, area) in enumerate(regions):
+        found["region_tones"][row] = judge.tones(photo_HW3, labels_HW == label)
+        found["region_labels"][row], found["region_areas"][row] = label, area
+    return found
+
+
 def embed_photo(
     photo_HW3: np.ndarray, labels_HW: np.ndarray, clip: ClipModel, settings: LadderSettings
 ) -> dict[str, np.ndarray]:
     """The embeddings part of one photo.
 
     photo: uint8 H,W,3 sRGB, true extent only.  labels: uint8 H,W, from 1.
-    Returns the arrays of the part (docs/architecture.md); rows of absent regions are zero.
     """
-    rgb = to_float(photo_HW3)
-    small = resize(rgb, clip.size, clip.size)
-    rule = float(tone.rule_strength(small, settings.family)[0])
-    strengths = rule + torch.tensor(settings.offsets)
-    ladder = tone.apply(settings.family, small, strengths.view(-1, 1, 1, 1))
-
-    regions = largest_regions(labels_HW, settings)
-    offsets = rule + torch.tensor(settings.region_offsets)
-    labels = torch.from_numpy(labels_HW)
-    crops = [region_crop(rgb, labels == label, clip.size) for label, _ in regions]
-    shifted = [tone.apply(settings.family, crop, offsets.view(-1, 1, 1, 1)) for crop in crops]
-
-    embeddings = clip.embed(torch.cat([small, ladder, *shifted])).cpu().numpy()
-    num_ladder = len(settings.offsets)
-    clip_regions = np.zeros((settings.regions, len(settings.region_offsets), clip.dim), np.float16)
-    clip_regions[: len(regions)] = embeddings[1 + num_ladder :].reshape(
-        len(regions), len(settings.region_offsets), clip.dim
-    )
-    region_labels = np.zeros(settings.regions, np.uint8)
-    region_labels[: len(regions)] = [label for label, _ in regions]
-    return {
-        "clip_photo": embeddings[0].astype(np.float32),
-        "clip_ladder": embeddings[1 : 1 + num_ladder].astype(np.float16),
-        "clip_regions": clip_regions,
-        "region_labels": region_labels,
-        "rule_strength": np.float32(rule),
-        "ladder_clipped": clipped(ladder).numpy().astype(np.float32),
-        "mean_luma": luma(small).mean().numpy().astype(np.float32),
-        "clipped": clipped(small)[0].numpy().astype(np.float32),
-    }
+    whole = embed_ladder(photo_HW3, clip, settings, settings.offsets)
+    rule = float(whole["rule_strength"])
+    return whole | embed_regions(photo_HW3, labels_HW, clip, settings, rule)

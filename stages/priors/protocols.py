@@ -71,16 +71,3 @@ class ClipModel(Protocol):
     def encode_context(self, context_nME: Tensor, words: list[str]) -> Tensor:
         """n prompts of context vectors before words -> n,D of unit norm; differentiable."""
         ...
-
-
-class Judge(Protocol):
-    """Says of embeddings how photos are exposed.
-
-    fingerprint: hex sha256 of what decides its answers.
-    """
-
-    fingerprint: str
-
-    def logits(self, embedding_BD: Tensor) -> Tensor:
-        """-> float32 B,3 (under, normal, over), differentiable."""
-        ...

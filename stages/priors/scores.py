@@ -1,20 +1,25 @@
-"""How CLIP's answers on the tone ladder become a score and a strength (docs/method.md 5)."""
+"""The choice of preset `paper`: the rung of the ladder that the prompts like best."""
 
 # K ladder strengths
 
 import numpy as np
 
+SURE_NORMAL = 0.6  # probability of "well exposed" from which a photo stays as it is
+NEARLY_EVEN = 1.0  # |logit_over - logit_under| below which it does
 
-def crossings(strengths: np.ndarray, d: np.ndarray) -> list[float]:
-    """Strengths at which d rises through zero, linearly interpolated; ends if it never does."""
-    found = [
-        float(strengths[k] - d[k] * (strengths[k + 1] - strengths[k]) / (d[k + 1] - d[k]))
-        for k in range(len(d) - 1)
-        if d[k] < 0 <= d[k + 1]
-    ]
-    if found:
-        return found
-    return [float(strengths[-1] if d[-1] < 0 else strengths[0])]
+
+def grid_strength(
+    logits_K3: np.ndarray,
+    photo_logits_3: np.ndarray,
+    strengths: np.ndarray,
+    added_clipping: np.ndarray,
+) -> float:
+    """The strength of highest score on the ladder; 0 for a photo that is well exposed already."""
+    under, normal, over = photo_logits_3
+    p_normal = 1 / (1 + np.exp(under - normal) + np.exp(over - normal))
+    if p_normal >= SURE_NORMAL and abs(over - under) < NEARLY_EVEN:
+        return 0.0
+    return vertex(strengths, candidate_score(logits_K3, strengths, added_clipping))
 
 
 def vertex(strengths: np.ndarray, score: np.ndarray) -> float:

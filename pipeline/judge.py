@@ -1,0 +1,165 @@
+"""The judge of a store: the tuned one where there is any, else the one that ships for its CLIP."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from evenlight.cache.errors import StoreError
+from evenlight.cache.store import Store
+from evenlight.pipeline import config
+from evenlight.pipeline.config import Given
+from evenlight.pipeline.parts import JUDGE, TUNING
+from evenlight.stages.priors import judge_tuning, prompts
+from evenlight.stages.priors.clip import load_clip
+from evenlight.stages.priors.judge import Judge
+from evenlight.stages.priors.protocols import ClipModel
+from evenlight.stages.settings import Settings
+
+
+@dataclass(frozen=True, kw_only=True)
+class TuneReport:
+    """What tuning did.  accepted: either was.  judge_report and prompts_report: figures on held-out
+    photos, and reasons."""
+
+    accepted: bool
+    judge_accepted: bool
+    prompts_accepted: bool
+    judge_report: dict[str, Any]
+    prompts_report: dict[str, Any]
+    judge: str  # fingerprint of the judge now in force
+
+    def sentences(self) -> list[str]:
+        """What changed, in plain words."""
+        found, said = self.judge_report, self.prompts_report
+        lines = [f"{found['teachers']} of {found['photos']} photos are surely good and taught it"]
+        if self.judge_accepted:
+            lines.append(
+                f"strengths: tuned; on photos held out the error is {found['error']:.3f} "
+                f"(before {found['error_before']:.3f})"
+            )
+        else:
+            lines.append(f"strengths: as before: {found['reason']}")
+        if self.prompts_accepted:
+            lines.append(f"words: tuned on {said['good_photos']} photos")
+        else:
+            lines.append(f"words: as before: {said['reason']}")
+        cure = "'evenlight regenerate' chooses the pseudo-GT anew"
+        return [*lines, cure if self.accepted else "the pseudo-GT stays as it is"]
+
+
+def store_judge(store: Store, clip: ClipModel | None) -> Judge:
+    """The judge of a store.  With clip given, an untuned one, or one of another CLIP, gives way to
+    the judge that ships for this CLIP.
+
+    Raises StoreError where the judge is damaged, or missing though pseudo-GT was made by it, or
+    where there is none and no clip to choose one for.
+    """
+    found = store.note(JUDGE)
+    if found is not None and (
+        clip is None or (found.get("clip") == clip.fingerprint and found.get("tuned"))
+    ):
+        return _judge(store, found)
+    if clip is None:
+        raise StoreError(
+            f"store {store.path} has no judge: run 'evenlight precompute' to give it one"
+        )
+    judge = Judge.shipped(clip)
+    if found is None or _judge(store, found).fingerprint != judge.fingerprint:
+        write_judge(store, judge, clip, tuned=False)
+    return judge
+
+
+def tune_clip(
+    store: str | Path, *, settings: Given = None, clip: ClipModel | None = None
+) -> TuneReport:
+    """Tune the judge of a store, strengths and words, from cached tensors; no photo is read.
+
+    Each is kept only if it passes its own held-out check, else the former stays.  `regenerate` then
+    remakes scores and pseudo-GT.
+    """
+    settings = config.of_store(store, settings)
+    clip = clip or load_clip(settings.clip, "cpu")
+    with Store.create_or_open(store) as target:
+        rows = _tuning_rows(target)
+        judge = store_judge(target, clip)
+        strengths = judge_tuning.tune(judge, cached(rows, settings), settings.judge)
+        words = prompts.tune(clip, ladders(rows, settings), settings.prompts)
+        if strengths.accepted:
+            judge = strengths.judge
+        if words.accepted:
+            judge = judge.changed("prompts", words.scorer.to_tensors())
+        accepted = strengths.accepted or words.accepted
+        if accepted:
+            write_judge(target, judge, clip, tuned=True)
+    return TuneReport(
+        accepted=accepted,
+        judge_accepted=strengths.accepted,
+        prompts_accepted=words.accepted,
+        judge_report=strengths.report,
+        prompts_report=words.report,
+        judge=judge.fingerprint,
+    )
+
+
+def judge_info(store: Store) -> dict[str, Any]:
+    """Which judge a store holds: its fingerprint, whether tuned, for which CLIP."""
+    found = store.note(JUDGE)
+    if found is None:
+        return {"fingerprint": "", "tuned": False, "clip": ""}
+    judge = _judge(store, found)
+    return {"fingerprint": judge.fingerprint, "tuned": found["tuned"], "clip": found["clip"]}
+
+
+def write_judge(store: Store, judge: Judge, clip: ClipModel, *, tuned: bool) -> None:
+    """Put a judge in force.  clip: the one whose embeddings it reads."""
+    tensors = {f"tensor {name}": tensor.numpy() for name, tensor in judge.tensors.items()}
+    store.write_note(JUDGE, {"clip": clip.fingerprint, "tuned": tuned, **tensors})
+
+
+def _judge(store: Store, note: Mapping[str, Any]) -> Judge:
+    try:
+        tensors = {
+            key.removeprefix("tensor "): torch.as_tensor(value, dtype=torch.float32)
+            for key, value in note.items()
+            if key.startswith("tensor ")
+        }
+        return Judge(tensors)
+    except (KeyError, IndexError, TypeError, ValueError, RuntimeError, AssertionError) as error:
+        raise StoreError(
+            f"the judge of store {store.path} cannot be used ({error!r}): 'evenlight cache verify "
+            "--repair', then 'evenlight precompute', give it the one that ships"
+        ) from error
+
+
+def _tuning_rows(store: Store) -> dict[str, np.ndarray]:
+    """Cached tensors of every usable photo."""
+    slots = store.slots("embeddings")
+    if not slots:
+        raise StoreError(f"store {store.path} has no embeddings: run 'evenlight precompute'")
+    return {name: store.rows(name, slots) for name in TUNING}
+
+
+def cached(rows: Mapping[str, np.ndarray], settings: Settings) -> judge_tuning.Cached:
+    """What the judge's strengths are tuned on."""
+    return judge_tuning.Cached(
+        photo=rows["clip_photo"],
+        ladder=rows["clip_ladder"],
+        tones=rows["tones"],
+        rule=rows["rule_strength"],
+        offsets=settings.ladder.offsets,
+    )
+
+
+def ladders(rows: Mapping[str, np.ndarray], settings: Settings) -> prompts.Ladders:
+    """What the prompts are tuned on."""
+    return prompts.Ladders(
+        photo_embeddings=rows["clip_photo"],
+        ladder_embeddings=rows["clip_ladder"],
+        ladder_strengths=rows["rule_strength"][:, None] + np.array(settings.ladder.offsets),
+        mean_luma=rows["mean_luma"],
+        clipped=rows["clipped"],
+    )

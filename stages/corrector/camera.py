@@ -1,0 +1,94 @@
+"""Good photos as a camera that erred would have kept them: clipped, noisy, in eight bits.
+
+The film curve with a shape and a white point of the camera's own, as a whole or with some objects
+exposed otherwise than the rest, so that what a mis-exposed photo lacks is known exactly.
+"""
+
+# B batch, H W pixels
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Generator, Tensor
+
+from evenlight.stages.pixels import box_mean
+
+SHAPE = (1.3, 2.1)  # of the camera's curve
+STOPS = (0.3, 2.0)  # |log gain| of an error; a film strength on a curve of the same shape
+WHITE = (0.86, 1.0)  # exposed value that is kept as white, where a photo is over-exposed
+NOISE = 0.012  # most of it, at middling values; it is lifted with the shadows
+OVER = 0.7  # share of errors that are over-exposure
+DIFFER = (0.4, 1.6)  # |log gain| between an object and the rest
+CHOSEN = 0.3  # share of regions that differ, in such a shot
+SOFT = (1, 6)  # radius of the borders between them, pixels
+FULL = 0.998  # where exposure ends that a kept white stands for
+
+
+class Camera(NamedTuple):
+    """One shot: what is drawn of it at random."""
+
+    shape: float
+    gain: float  # log
+    white: float
+    noise: float
+    regions: int  # seed of what each region is exposed otherwise by; -1: none is
+    soft: int  # pixels
+
+
+def draw_camera(generator: Generator, uneven: float) -> Camera:
+    """A camera and its error.  uneven: share of shots where objects differ; half of them are right
+    as a whole."""
+
+    def uniform(low: float, high: float) -> float:
+        return low + (high - low) * float(torch.rand((), generator=generator))
+
+    over, differ, right = (uniform(0, 1) for _ in range(3))
+    gain = math.copysign(uniform(*STOPS), OVER - over)
+    white, shape, noise = uniform(*WHITE), uniform(*SHAPE), uniform(0, NOISE)
+    regions = int(torch.randint(2**31, (), generator=generator))
+    soft = int(torch.randint(SOFT[0], SOFT[1] + 1, (), generator=generator))
+    if differ >= uneven:
+        regions = -1
+    elif right < 0.5:
+        gain = 0.0
+    return Camera(shape, gain, white if gain > 0 else 1.0, noise, regions, soft)
+
+
+def mis_exposed(
+    good_B3HW: Tensor, labels_BHW: Tensor, cameras: Sequence[Camera], noise: Generator
+) -> Tensor:
+    """What each camera kept of its photo.  good: float RGB in [0, 1]; labels: uint8.
+
+    noise: a generator on the CPU.  Returns float32 B,3,H,W, whole multiples of 1/255.
+    """
+
+    def each(values: Sequence[float]) -> Tensor:
+        return good_B3HW.new_tensor(values).view(-1, 1, 1, 1)
+
+    b = each([camera.shape for camera in cameras])
+    gains = [_log_gain(labels, one) for labels, one in zip(labels_BHW, cameras, strict=True)]
+    exposure = -torch.log1p(-(good_B3HW.clamp(0, FULL) ** (1 / b))) * torch.stack(gains).exp()
+    kept = (-torch.expm1(-exposure)).clamp_min(1e-6) ** b
+    kept = kept / each([camera.white for camera in cameras])
+    grain = torch.randn(kept.shape, generator=noise).to(kept.device)  # before white clips it
+    kept = kept + each([camera.noise for camera in cameras]) * grain * (0.3 + kept).sqrt()
+    return (kept.clamp(0, 1) * 255).round() / 255
+
+
+def _log_gain(labels_HW: Tensor, camera: Camera) -> Tensor:
+    """Of every pixel, with soft borders between regions.  1,H,W."""
+    gain_1HW = torch.full_like(labels_HW, camera.gain, dtype=torch.float32)[None]
+    if camera.regions < 0:
+        return gain_1HW
+    generator = torch.Generator().manual_seed(camera.regions)
+    low, high = DIFFER
+    size = low + (high - low) * torch.rand(256, generator=generator)
+    differs = torch.rand(256, generator=generator) < CHOSEN
+    side = 1 if float(torch.rand((), generator=generator)) < 0.5 else -1
+    table = (side * size * differs).to(labels_HW.device)
+    offset_11HW = table[labels_HW.long()][None, None]
+    for _ in range(2):
+        offset_11HW = box_mean(offset_11HW, camera.soft)
+    return gain_1HW + offset_11HW[0]
