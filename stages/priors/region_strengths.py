@@ -11,7 +11,7 @@ import torch
 
 from evenlight.stages.priors import judge, tone
 
-# Of what the judge says.  In full it costs .7 dB on brackets, whose references are single exposures,
+# Of what the judge says.  In full it costs .7 dB on brackets, whose references are single frames,
 # and gains nothing on fused ones; at .6 it costs .1 and gains .2.
 SHARE = 0.6
 ORDER_MARGIN = 0.05  # luma difference above which two regions must keep their order
