@@ -27,7 +27,7 @@ FEWEST = 8  # teachers, fewer than which teach nothing that can be checked
 SPREAD = 0.1  # of a label over the strengths, and of a photo that is good
 AGREEMENT, MEMORY = 0.3, 1.0  # weights beside the teachers' loss
 BATCH = 64
-LEAST_GAIN = 0.01  # of the error, for a tuned judge to replace the former one
+LEAST_GAIN = 0.05  # share of the error that a tuned judge must take off the former one's
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,7 +105,7 @@ def tune(judge: Judge, cached: Cached, settings: JudgeSettings) -> TunedJudge:
     was, now = _figures(judge.head, *check), _figures(tuned.head, *check)
     report |= {f"{name}_before": round(was[name], 4) for name in was}
     report |= {name: round(now[name], 4) for name in now}
-    better = now["error"] < was["error"] - LEAST_GAIN
+    better = now["error"] < (1 - LEAST_GAIN) * was["error"]
     kept = now["disagreement"] <= was["disagreement"] and now["spared"] >= was["spared"] - 0.02
     if not (better and kept):
         report["reason"] = (
