@@ -176,6 +176,21 @@ def test_white_grounds_stay_white(clip):
     assert float(white) * 255 >= 245
 
 
+def test_an_object_on_white_is_hardly_darkened_whatever_the_heads_say(clip, monkeypatch):
+    rng = np.random.default_rng(0)
+    photo = rng.integers(246, 254, (160, 160, 3)).astype(np.uint8)  # as JPEG leaves white
+    photo[60:110, 40:120] = working(installed_photo("skimage/data", "coffee.png"), 256)[:50, :80]
+    sure = torch.full((1, len(STRENGTHS)), -50.0)
+    sure[0, 10] = 50.0  # much too bright
+    monkeypatch.setattr(judge.Head, "forward", lambda self, seen: (sure, torch.tensor([-50.0])))
+    assert strength(clip, photo) == pytest.approx(judge.MOST_DARKENING, abs=0.03)
+    below = photo.copy()
+    below[112:] = 120  # dark ground below a blown sky: no object on white
+    half = photo.copy()
+    half[:, 70:] //= 2  # now less than half is white
+    assert max(strength(clip, below), strength(clip, half)) < -1
+
+
 def test_a_border_does_not_decide(clip):
     photo = installed_photo("skimage/data", "astronaut.png")
     dark = to_bytes(tone.apply("ev", to_float(photo), -0.9)).numpy()

@@ -40,6 +40,9 @@ PERCENTILES = np.array(
 NUM_TONES = 3 * len(PERCENTILES) + 8
 HIDDEN, DROPOUT = 96, 0.4
 NO_SPREAD = 0.02  # of tones, between the ends of PERCENTILES: nothing but noise
+WHITE = 0.95  # of all channels, of the middle pixel of a picture on white
+LIGHTER = 0.01  # luma of its upper and lower third beyond that of its centre
+MOST_DARKENING = -0.4  # of such a picture: white comes out at 250 of 255.  Whites stay white
 NEAR = 0.25  # strengths within it look alike
 WIDTH = 0.4  # of the loss: beyond about twice of it an answer is wrong, not less right
 # Probability of being good from which a photo stays as it is.  Between a half and this the answer
@@ -265,7 +268,10 @@ class Judge:
             return Opinion(1.0, (STRENGTHS == 0).double().numpy())
         with torch.no_grad():
             logits, good = self.head(seen_of(cached, offsets))
-        return Opinion(float(good[0].sigmoid()), logits[0].double().softmax(0).numpy())
+        p_S = logits[0].double().softmax(0).numpy()
+        if is_on_white(cached["tones"][0]):
+            p_S = _no_darker_than(MOST_DARKENING, p_S)
+        return Opinion(float(good[0].sigmoid()), p_S)
 
     def region_opinions(
         self, cached: Mapping[str, Any], offsets: Sequence[float], strength: float
@@ -309,6 +315,25 @@ def holds_nothing(tones_T: NDArray[np.float32]) -> bool:
     """Whether a photo is all black, all white or of one colour, but for noise: as it is meant."""
     planes = tones_T[: 3 * len(PERCENTILES)].reshape(3, -1)
     return bool((planes[:, -1] - planes[:, 0] < NO_SPREAD).all())
+
+
+def is_on_white(tones_T: NDArray[np.float32]) -> bool:
+    """Whether a picture shows something on a white ground: more than half of it is white in all
+    channels, and it is lighter above and below than in its middle.  (An overexposed landscape is
+    darker below.)"""
+    smallest = tones_T[2 * len(PERCENTILES) : 3 * len(PERCENTILES)]
+    centre, upper, lower = tones_T[-3:]
+    mostly_white = np.interp(50, PERCENTILES, smallest) >= WHITE
+    return bool(mostly_white and min(upper, lower) > centre + LIGHTER)
+
+
+def _no_darker_than(least: float, p_S: NDArray[np.float64]) -> NDArray[np.float64]:
+    """The probabilities, those of lower strengths moved up to `least`."""
+    strengths = STRENGTHS.double().numpy()
+    at = int(np.abs(strengths - least).argmin())
+    found = np.where(strengths < strengths[at], 0.0, p_S)
+    found[at] += p_S[:at].sum()
+    return found
 
 
 def asked(offsets: Sequence[float]) -> list[int]:
