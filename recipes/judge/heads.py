@@ -19,6 +19,7 @@ from torch.nn import functional as F
 from evenlight.stages.pixels import to_float
 from evenlight.stages.priors import judge, tone
 from evenlight.stages.priors.clip import Clip
+from evenlight.stages.priors.judge_tuning import SPREAD, soft
 from evenlight.stages.priors.ladder import region_crop
 from recipes.judge import camera, photos, tower
 
@@ -141,9 +142,9 @@ def seen_of(rows: dict[str, Tensor], index: Tensor) -> judge.Seen:
 def photo_loss(head: judge.Head, rows: dict[str, Tensor], index: Tensor) -> Tensor:
     logits, good_logit = head(seen_of(rows, index))
     strength = rows["strength"][index]
-    good = torch.exp(-0.5 * (strength / tower.SPREAD) ** 2)
+    good = torch.exp(-0.5 * (strength / SPREAD) ** 2)
     weight = 1 - 0.7 * good
-    ce = -(tower.soft(strength.clamp(-2.2, 2.2)) * logits.log_softmax(1)).sum(1)
+    ce = -(soft(strength.clamp(-2.2, 2.2)) * logits.log_softmax(1)).sum(1)
     judged = F.binary_cross_entropy_with_logits(good_logit, good)
     return (weight * ce).sum() / weight.sum() + judged
 
@@ -165,7 +166,7 @@ def region_logits(
 
 def region_loss(head: judge.RegionHead, rows: dict[str, Tensor], index: Tensor) -> Tensor:
     logits, between = region_logits(head, rows, index, 0.12 * torch.randn(len(index)))
-    return -(tower.soft(between) * logits.log_softmax(1)).sum(1).mean()
+    return -(soft(between) * logits.log_softmax(1)).sum(1).mean()
 
 
 def trained(head: nn.Module, loss_of: Loss, rows: dict[str, Tensor], seed: int) -> nn.Module:
@@ -188,7 +189,7 @@ def trained(head: nn.Module, loss_of: Loss, rows: dict[str, Tensor], seed: int) 
 def heads(photo: dict[str, Tensor], region: dict[str, Tensor], dim: int, seed: int) -> State:
     """State of a judge that reads embeddings of `dim` numbers; 0: tones alone."""
     found = trained(judge.Head(dim), photo_loss, photo, seed)
-    good = torch.exp(-0.5 * (photo["strength"] / tower.SPREAD) ** 2).mean()
+    good = torch.exp(-0.5 * (photo["strength"] / SPREAD) ** 2).mean()
     with torch.no_grad():  # as if half of the photos were good
         found.photo.answer.bias[-1] -= torch.logit(good)
     regions = trained(judge.RegionHead(dim), region_loss, region, seed)

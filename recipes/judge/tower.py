@@ -25,6 +25,7 @@ from torch.nn import functional as F
 
 from evenlight.stages.pixels import to_bytes, to_float
 from evenlight.stages.priors import judge, tone
+from evenlight.stages.priors.judge_tuning import SPREAD, soft
 from evenlight.stages.priors.ladder import region_crop
 from recipes.clip_lite0 import captions
 from recipes.clip_lite0 import losses as clip_losses
@@ -41,7 +42,6 @@ BATCH = 32
 # of a bracket.
 KINDS = (0.12, 0.45, 1.0)
 STRENGTH_PER_EV = 0.42  # measured: what undoes one EV of a camera
-SPREAD = 0.1  # of a label over the strengths, and of a photo that is good
 LIMIT = 2.2
 READ = 16  # samples of a batch whose caption is read
 EVERY = 250
@@ -177,12 +177,6 @@ def sample(data: Data, rng: np.random.Generator) -> Sample:
         content=content,
         caption=captions.caption(image, -missing / STRENGTH_PER_EV, content, "", rng),
     )  # fmt: skip
-
-
-def soft(missing_B: Tensor) -> Tensor:
-    """Labels spread over the strengths.  B,S."""
-    near = torch.exp(-0.5 * ((judge.STRENGTHS - missing_B[:, None]) / SPREAD) ** 2)
-    return near / near.sum(1, keepdim=True)
 
 
 def judged(head: judge.Asked, embedding_BD: Tensor, samples: list[Sample]) -> tuple[Tensor, Tensor]:

@@ -1,6 +1,6 @@
 """How a photo's numbers stand for light: brought to sRGB's curve for the work, and back.
 
-Tone operators, meter and network take numbers to be sRGB-encoded; a linear or gamma 1.8 photo
+Tone operators, judge and network take numbers to be sRGB-encoded; a linear or gamma 1.8 photo
 would come out far too bright or dark. Only the curve is exchanged, and exactly undone on writing.
 The primaries stay the photo's own: through sRGB's, colours of a phone's Display P3 would be lost.
 ICC.1:2022 (profiles), PNG third edition (gAMA, cICP), ITU-T H.273 (cICP's numbers).

@@ -56,11 +56,11 @@ def choose(
         certainty = opinion.certainty(start, settings.judge.prior_good)
     start = float(np.clip(start, -wanted.max_strength, wanted.max_strength))
 
-    if settings.pseudo_gt.search == "judge" and start != 0.0:
+    if wanted.search == "judge" and start != 0.0:
         chosen, t_map = by_region(photo_HW3, labels_HW, cached, judge, settings, start)
     else:
         chosen, t_map = _everywhere(photo_HW3, cached, start)
-    height, width = t_map.shape[2:]
+    confidence = certainty * _unclipped_weight(rgb, *t_map.shape[2:])
     return {
         "scores": scores.astype(np.float32),
         "p_good": np.array(p_good, np.float32),
@@ -68,7 +68,7 @@ def choose(
         "strength": np.array(start, np.float32),
         "region_strengths": chosen,
         "t_map": t_map[0, 0].numpy().astype(np.float16),
-        "confidence": (certainty * _unclipped_weight(rgb, height, width))[0, 0].numpy(),
+        "confidence": confidence[0, 0].numpy().astype(np.float16),
         "pseudo_gt": re_expose(photo_HW3, t_map[0, 0].half(), ladder.family),
     }
 
