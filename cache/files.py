@@ -194,6 +194,10 @@ class Lock:
         os.close(self._descriptor)
         self._descriptor = None
 
+    def confirm(self) -> None:
+        """Raise StoreError unless the file at path is still the one that was locked here."""
+        confirm_token(self.path, self.token, self.subject)
+
     def _holder(self) -> str:
         # The winner writes its name just after it has locked: give it a moment.
         for _ in range(50):
@@ -211,8 +215,14 @@ def read_token(path: Path) -> str:
     """What the holder of the lock at path wrote, or "" where nobody holds it."""
     try:
         return path.read_text(encoding="ascii", errors="replace")
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return ""
+
+
+def confirm_token(path: Path, token: str, subject: str) -> None:
+    """Raise StoreError unless the lock at path is held by the run of this token."""
+    if read_token(path) != token:
+        raise StoreError(f"{subject} was removed or taken over by another run: this one stops")
 
 
 _held: set[Lock] = set()

@@ -344,8 +344,7 @@ class Store:
 
     def _check_holder(self) -> None:
         assert self._token, "this store was opened for reading"
-        if files.read_token(records.lock_path(self.path)) != self._token:
-            raise StoreError(f"store {self.path} was taken over by another run: this one stops")
+        files.confirm_token(records.lock_path(self.path), self._token, f"store {self.path}")
 
     def _distrust(self, unit: int) -> None:
         self._trusted = {(name, other) for name, other in self._trusted if other != unit}

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from evenlight.cache.errors import StoreError, UsageError
-from evenlight.cache.files import atomic_write
+from evenlight.cache.files import Lock, make_folder
 from evenlight.cache.store import Store
 from evenlight.pipeline import config
 from evenlight.pipeline.config import Given
@@ -41,38 +41,37 @@ def train(
     """Train a corrector from the cached tensors of a store; goes on where an earlier run stopped.
 
     out: folder of the run (checkpoints, log, corrector).  settings: changes on top of those of
-    the store.  Raises StoreError where the store is
-    incomplete or stale, or out holds a run with other settings.
+    the store.  Raises StoreError where the store is incomplete or stale, or out holds a run
+    with other settings or one that is running.
     """
     out, settings = Path(out), config.of_store(store, settings)
     device = choose_device(settings.run.device)
     models = models or load_models(settings)
     with Store.open(store) as source:
-        judge = store_judge(source, None)
+        judge, clip = store_judge(source, None), models.clip
         refuse_stale(source, settings, models, judge.fingerprint)
-        data = load_data(source, settings.train.size, device, on_progress)
-        digest = source.digest()
-    clip = models.clip
-
-    def logits(rgb_B3HW: Tensor) -> Tensor:
-        return judge.prompts.logits(clip.embed(rgb_B3HW))
-
-    out.mkdir(parents=True, exist_ok=True)
-    atomic_write(out / "settings.toml", config.to_toml(settings).encode())
-    info = {
-        "settings": {k: v for k, v in config.to_dict(settings).items() if k != "run"},
-        "priors": priors_of(models, judge.fingerprint),
-        "store": digest,
-    }
-    return run_training(
-        data,
-        Frozen(models.segmenter.features, logits, torch.device(device)),
-        settings,
-        out,
-        Kept(info, {f"judge.{name}": tensor for name, tensor in judge.tensors.items()}),
-        resume=resume,
-        on_progress=lambda step, steps, record: on_progress("steps", step, steps),
-    )
+        info = {
+            "settings": {k: v for k, v in config.to_dict(settings).items() if k != "run"},
+            "priors": priors_of(models, judge.fingerprint),
+            "store": source.digest(),
+        }
+        make_folder(out)
+        # a second run must be refused before it reads the store or writes anything
+        with Lock(out / ".lock", f"run {out}") as lock:
+            tensors = {f"judge.{name}": tensor for name, tensor in judge.tensors.items()}
+            return run_training(
+                load_data(source, settings.train.size, device, on_progress),
+                Frozen(
+                    models.segmenter.features,
+                    lambda rgb_B3HW: judge.prompts.logits(clip.embed(rgb_B3HW)),
+                    torch.device(device),
+                ),
+                settings,
+                lock,
+                Kept(info, tensors, config.to_toml(settings)),
+                resume=resume,
+                on_progress=lambda step, steps, record: on_progress("steps", step, steps),
+            )
 
 
 def refuse_stale(store: Store, settings: Settings, models: Models, judge: str) -> None:

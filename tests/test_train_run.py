@@ -6,12 +6,13 @@ import torch
 from toys import ToyClip, ToySegmenter, write_photos
 
 from evenlight.cache.errors import StoreError
+from evenlight.cache.files import Lock
 from evenlight.cache.store import Store
 from evenlight.pipeline import config
 from evenlight.pipeline.judge import store_judge
 from evenlight.pipeline.models import Models
 from evenlight.pipeline.precompute import precompute
-from evenlight.pipeline.train import load_data, refuse_stale
+from evenlight.pipeline.train import load_data, refuse_stale, train
 from evenlight.stages.corrector.inputs import at_working_size, rule_corrected
 from evenlight.stages.photos.canvas import working
 from evenlight.stages.photos.decode import decode
@@ -55,6 +56,16 @@ def test_a_stale_store_is_refused_with_the_cure(store, overrides, models, said):
     changed = config.build(overrides=[*SMALL, *overrides])
     with pytest.raises(StoreError, match=said):
         refuse_stale(store, changed, models, judge(store))
+
+
+def test_two_trainings_of_one_folder_are_refused_before_anything_is_read_or_written(
+    store, tmp_path, monkeypatch
+):
+    monkeypatch.setattr("evenlight.pipeline.train.load_data", None)
+    models = Models(ToySegmenter(), ToyClip())
+    with Lock(tmp_path / ".lock", "run"), pytest.raises(StoreError, match="is in use by"):
+        train(store.path, tmp_path, settings=SETTINGS, models=models)
+    assert [path.name for path in tmp_path.iterdir()] == [".lock"]
 
 
 def test_training_sees_what_correcting_sees(store):

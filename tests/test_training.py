@@ -99,8 +99,18 @@ def toy_models() -> Frozen:
     return Frozen(lambda x: (F.conv2d(x, w4, stride=4), F.conv2d(x, w8, stride=8)), logits)
 
 
-def run(out: Path, settings: Settings = TOY, kept: Kept = KEPT, **options) -> training.TrainResult:
-    return train(toy_data(), toy_models(), settings, out, kept, **options)
+def run(
+    out: Path,
+    settings: Settings = TOY,
+    kept: Kept = KEPT,
+    *,
+    data: TrainingData | None = None,
+    models: Frozen | None = None,
+    **options,
+) -> training.TrainResult:
+    out.mkdir(exist_ok=True)
+    with Lock(out / ".lock", f"run {out}") as lock:
+        return train(data or toy_data(), models or toy_models(), settings, lock, kept, **options)
 
 
 def with_train(**changes) -> Settings:
@@ -236,7 +246,7 @@ def test_nan_stops_before_the_update(tmp_path, monkeypatch, where, bad_step):
     message = f"the {what} of step {bad_step} is .*stopped before the update"
     models = Frozen(saboteur.features, saboteur.logits)
     with pytest.raises(NonFinite, match=message):
-        train(toy_data(), models, settings, tmp_path, KEPT)
+        run(tmp_path, settings, models=models)
 
     for name, x in saboteur.weights().items():
         assert torch.equal(x.nan_to_num(7e7), saboteur.before[name].nan_to_num(7e7))
@@ -255,9 +265,10 @@ def test_training_learns_what_the_curve_does_not_do(tmp_path):
     data = toy_data()
     tinted = data.pseudo_gt.float() * torch.tensor([1.0, 0.8, 0.9]).view(3, 1, 1)
     data = replace(data, pseudo_gt=tinted.byte())
-    result = train(data, toy_models(), settings, tmp_path, KEPT)
+    result = run(tmp_path, settings, data=data)
     checks = validation_draws(plan_streams(data, settings.train)[1], settings.train)
-    untrained = training.begin(6, settings, tmp_path / "none", {}, True, torch.device("cpu"))
+    elsewhere = Lock(tmp_path / "none" / ".lock", "none")
+    untrained = training.begin(6, settings, elsewhere, {}, True, torch.device("cpu"))
     start = training.validate(untrained.network, data, checks, settings)
     assert result.best_psnr > start + 3
     network, info, _ = load_corrector(tmp_path)
@@ -301,11 +312,54 @@ def test_other_settings_other_priors_or_no_resume_are_refused(uninterrupted):
         run(out, resume=False)
 
 
-def test_two_trainings_of_one_folder_are_refused(tmp_path):
-    with Lock(tmp_path / ".lock", "run"), pytest.raises(StoreError, match="is in use by"):
-        run(tmp_path)
+def test_what_is_refused_leaves_the_settings_of_the_run_as_they_were(uninterrupted, tmp_path):
+    out = tmp_path / "kept"
+    shutil.copytree(uninterrupted[0], out)
+    (out / "settings.toml").write_text("as it was")
+    with pytest.raises(StoreError, match="begun with train"):
+        run(out, with_train(learning_rate=1e-4), KEPT._replace(toml="other"))
+    assert (out / "settings.toml").read_text() == "as it was"
+    run(out, kept=KEPT._replace(toml="[train]"))
+    assert (out / "settings.toml").read_text() == "[train]"
+
+
+@pytest.mark.parametrize("again", [False, True], ids=["gone", "taken by another run"])
+@pytest.mark.parametrize("log_every", [1, 100], ids=["seen by the log", "seen by a checkpoint"])
+def test_a_run_whose_folder_vanishes_ends_and_writes_into_no_other(tmp_path, again, log_every):
+    out, data = tmp_path / "run", toy_data()
+    place = training.take
+
+    def vanish(*args):
+        if out.exists() and not (tmp_path / "moved").exists():
+            out.rename(tmp_path / "moved")
+            if again:
+                out.mkdir()
+                Lock(out / ".lock", "the other run").__enter__()
+        return place(*args)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(training, "take", vanish)
+        with pytest.raises(StoreError, match=f"run {out} was removed or taken over"):
+            run(out, with_train(log_every=log_every), data=data)
+    found = [p.name for p in out.iterdir()] if out.exists() else []
+    assert found == ([".lock"] if again else [])
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [b"\0" * 40, b"{", b"[]", b"3", b'{"step": null}', b'{"step": "x"}', b"[" * 100_000, b"\xff"],
+)
+def test_damaged_lines_of_the_log_are_dropped_with_a_word(uninterrupted, tmp_path, damage, caplog):
+    out = tmp_path / "damaged"
+    shutil.copytree(uninterrupted[1][6], out)
+    log = out / "log.jsonl"
+    lines = log.read_bytes().splitlines(True)
+    log.write_bytes(b"".join([lines[0], damage + b"\n", *lines[1:], damage]))
+    run(out)
+    assert "log.jsonl: damaged lines are dropped (1)" in caplog.text
+    assert log_lines(out) == log_lines(uninterrupted[0])
 
 
 def test_one_photo_is_refused(tmp_path):
     with pytest.raises(UsageError, match="at least 2 photos"):
-        train(toy_data(1), toy_models(), TOY, tmp_path, KEPT)
+        run(tmp_path, data=toy_data(1))

@@ -5,6 +5,7 @@ import json
 import logging
 import math
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor
 
 from evenlight.cache.errors import StoreError, UsageError
-from evenlight.cache.files import atomic_write
+from evenlight.cache.files import Lock, atomic_write
 from evenlight.stages.corrector.checkpoint import Checkpoint, load_latest, save_checkpoint
 from evenlight.stages.corrector.losses import Calibration
 from evenlight.stages.corrector.network import Corrector
@@ -27,7 +28,7 @@ Progress = Callable[[int, int, dict[str, Any]], None]  # step, steps, record
 class Run:
     """Everything that a step changes: what a checkpoint holds, and where it is kept."""
 
-    folder: Path
+    lock: Lock  # of the folder, held
     info: dict[str, Any]  # what must be the same on resume
     network: Corrector
     ema: Corrector
@@ -38,8 +39,13 @@ class Run:
     best_psnr: float = -math.inf
     history: list[float] = field(default_factory=list)  # seconds of the steps of this call
 
+    @property
+    def folder(self) -> Path:
+        return self.lock.path.parent
+
     def save(self) -> None:
         """Write a checkpoint of this step.  Raises OSError with the earlier ones untouched."""
+        self.lock.confirm()
         tensors = {f"network.{name}": x for name, x in self.network.state_dict().items()}
         tensors |= {f"ema.{name}": x for name, x in self.ema.state_dict().items()}
         for index, state in self.optimiser.state_dict()["state"].items():
@@ -80,12 +86,12 @@ class Run:
 def begin(
     p3_channels: int,
     settings: Settings,
-    folder: Path,
+    lock: Lock,
     info: dict[str, Any],
     resume: bool,
     device: torch.device,
 ) -> Run:
-    """A new run, or the newest whole checkpoint of the same run in folder."""
+    """A new run, or the newest whole checkpoint of the same run in the folder of the lock."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(settings.train.seed)
         network = Corrector(settings.network, p3_channels).to(device)
@@ -96,14 +102,14 @@ def begin(
         {"params": others, "weight_decay": 0.0},
     ]
     run = Run(
-        folder=folder,
+        lock=lock,
         info=info | choices_of(settings),
         network=network,
         ema=copy.deepcopy(network).eval().requires_grad_(False),
         optimiser=torch.optim.AdamW(groups, lr=settings.train.learning_rate, betas=(0.9, 0.99)),
         calibration=Calibration(settings.losses, settings.train.calibrate),
     )
-    checkpoints = checkpoints_of(folder)
+    checkpoints = checkpoints_of(run.folder)
     checkpoint = load_latest(checkpoints)
     if checkpoint is None:
         return run
@@ -120,7 +126,7 @@ def begin(
                 f"now it is {value}: restore it, or choose another output folder"
             )
     run.restore(checkpoint)
-    log.info("resuming %s at step %d", folder, run.step)
+    log.info("resuming %s at step %d", run.folder, run.step)
     return run
 
 
@@ -137,14 +143,27 @@ def choices_of(settings: Settings) -> dict[str, Any]:
 class RunLog:
     """JSON lines, one per record; on resume the lines of steps that will be done again go."""
 
-    def __init__(self, path: Path, step: int, steps: int, on_progress: Progress) -> None:
-        self.path, self.steps, self.on_progress = path, steps, on_progress
-        if path.exists():
-            whole = [line for line in path.read_bytes().splitlines(True) if line.endswith(b"\n")]
-            atomic_write(path, b"".join(x for x in whole if json.loads(x)["step"] <= step))
+    def __init__(self, run: Run, steps: int, on_progress: Progress) -> None:
+        self.lock, self.steps, self.on_progress = run.lock, steps, on_progress
+        self.path = run.folder / "log.jsonl"
+        if self.path.exists():
+            lines = [x for x in self.path.read_bytes().splitlines(True) if x.endswith(b"\n")]
+            steps_of = {line: _step_of(line) for line in lines}
+            if damaged := sum(steps_of[line] is None for line in lines):
+                log.warning("%s: damaged lines are dropped (%d)", self.path, damaged)
+            kept = (x for x in lines if (at := steps_of[x]) is not None and at <= run.step)
+            atomic_write(self.path, b"".join(kept))
 
     def __call__(self, step: int, record: dict[str, Any]) -> None:
         record = {"step": step} | record
+        self.lock.confirm()
         with self.path.open("a") as file:
             file.write(json.dumps(record) + "\n")
         self.on_progress(step, self.steps, record)
+
+
+def _step_of(line: bytes) -> int | None:
+    """The step that a line of the log tells of; None where it is damaged."""
+    with suppress(ValueError, KeyError, TypeError, RecursionError):
+        return int(json.loads(line)["step"])
+    return None

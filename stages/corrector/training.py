@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from evenlight.cache.errors import EvenlightError
-from evenlight.cache.files import Lock, make_folder, write_json
+from evenlight.cache.files import Lock, atomic_write, write_json
 from evenlight.stages.corrector.batches import Draw, TrainingData, take
 from evenlight.stages.corrector.checkpoint import checkpoint_path, load_checkpoint, save_corrector
 from evenlight.stages.corrector.losses import Frozen, mse, total
@@ -41,6 +41,7 @@ class Kept(NamedTuple):
 
     info: dict[str, Any]  # JSON values: fingerprints of its priors; must be the same on resume
     tensors: dict[str, Tensor]  # small ones of its priors, without which it cannot be used
+    toml: str = ""  # all settings, for people: settings.toml
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,24 +57,24 @@ def train(
     data: TrainingData,
     models: Frozen,
     settings: Settings,
-    out: Path,
+    lock: Lock,
     kept: Kept,
     *,
     resume: bool = True,
     on_progress: Progress = lambda step, steps, record: None,
 ) -> TrainResult:
-    """Train a corrector and write it to `out` (EMA weights of the best validation).
+    """Train a corrector and write it into the folder of the lock, which is held (EMA weights of the
+    best validation).
 
     It is trained on the device where the models lie, and data where it fits.
-    on_progress(step, steps, record) is called for each line of `out`/log.jsonl.  Raises UsageError,
-    StoreError (damaged or foreign checkpoints), NonFinite.
+    on_progress(step, steps, record) is called for each line of log.jsonl.  Raises UsageError,
+    StoreError (damaged or foreign checkpoints, a folder that is gone), NonFinite.
     """
-    make_folder(out)
-    with Lock(out / ".lock", f"run {out}"):
-        run = begin(data.p3.shape[1], settings, out, kept.info, resume, models.device)
-        record = RunLog(out / "log.jsonl", run.step, settings.train.steps, on_progress)
-        _take_steps(run, data, models, settings, record)
-        return _finish(run, settings, kept)
+    run = begin(data.p3.shape[1], settings, lock, kept.info, resume, models.device)
+    atomic_write(run.folder / "settings.toml", kept.toml.encode())
+    record = RunLog(run, settings.train.steps, on_progress)
+    _take_steps(run, data, models, settings, record)
+    return _finish(run, settings, kept)
 
 
 def _take_steps(
@@ -163,6 +164,7 @@ def validate(
 
 def _finish(run: Run, settings: Settings, kept: Kept) -> TrainResult:
     """Write the EMA weights of the best validation as the corrector of this run."""
+    run.lock.confirm()
     best = load_checkpoint(checkpoint_path(checkpoints_of(run.folder), run.best_step))
     run.restore(best)
     steps = settings.train.steps
