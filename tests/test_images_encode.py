@@ -3,6 +3,8 @@
 import io
 import os
 import struct
+import time
+import zlib
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,10 +19,16 @@ from hypothesis import strategies as st
 from photo_makers import heic, saved, smooth
 from PIL import Image, ImageCms, JpegImagePlugin
 
-from evenlight.stages.photos.containers import jpeg_segment, png_chunk, png_chunks
+from evenlight.stages.photos.containers import (
+    image_resource,
+    jpeg_segment,
+    jpeg_segments,
+    png_chunk,
+    png_chunks,
+)
 from evenlight.stages.photos.decode import Photo, decode
 from evenlight.stages.photos.encode import encode, encoded, jpeg_bytes
-from evenlight.stages.photos.metadata import Metadata
+from evenlight.stages.photos.metadata import IPTC, Metadata
 
 SRGB = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
 XMP = b'<x:xmpmeta xmlns:x="adobe:ns:meta/"><a tiff:Orientation="6" dc:title="Hus"/></x:xmpmeta>'
@@ -211,8 +219,114 @@ def test_a_stale_thumbnail_is_dropped_and_its_bytes_with_it() -> None:
         assert exif_of(written)[1][34855] == 400
 
 
-@pytest.mark.parametrize("subsampling", ["4:4:4", "4:2:2", "4:2:0"])
+GAIN_MAP = (
+    b'<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:Description xmlns:hdrgm="u" hdrgm:Version="1.0"'
+    b' dc:title=\'Hus\' GCamera:MotionPhoto="1" xmpNote:HasExtendedXMP="0F">'
+    b"<hdrgm:GainMapMax><rdf:Seq><rdf:li>3</rdf:li></rdf:Seq></hdrgm:GainMapMax>"
+    b'<Container:Directory><rdf:Seq><rdf:li><Container:Item Item:Length="9"/></rdf:li></rdf:Seq>'
+    b"</Container:Directory><dc:creator>A. Body</dc:creator></rdf:Description></x:xmpmeta>"
+)
+
+
+def test_a_gain_map_and_a_video_are_named_and_nothing_claims_that_they_are_there() -> None:
+    second = saved(Image.fromarray(smooth(30, 40)), "JPEG")
+    first = saved(Image.fromarray(smooth(60, 80)), "JPEG", xmp=GAIN_MAP)
+    photo = decode(first + second + b"\0\0\0\x18ftypmp42" + bytes(99), "a.jpg")
+    assert photo.metadata.notes == ("its HDR gain map and its video (motion photo) were not kept",)
+    written = encoded(photo)
+    assert written.endswith(b"\xff\xd9") and written.count(b"\xff\xd8\xff") == 1
+    for claim in (b"hdrgm:Version", b"GainMapMax", b"MotionPhoto", b"Container:", b"HasExtended"):
+        assert claim in GAIN_MAP and claim not in written
+    assert b"dc:title='Hus'" in written and b"<dc:creator>A. Body</dc:creator>" in written
+
+
+@pytest.mark.parametrize(
+    ("behind", "note"),
+    [
+        (b"", None),
+        (bytes(500), None),
+        (b"SEFT" * 9, "36 bytes behind its end were not kept"),
+        (saved(Image.new("RGB", (16, 16)), "JPEG"), "further images of the file were not kept"),
+    ],
+)
+def test_what_stands_behind_a_jpeg_is_told(behind: bytes, note: str | None) -> None:
+    data = saved(Image.fromarray(smooth(60, 80)), "JPEG", progressive=True) + behind
+    assert decode(data, "a.jpg").metadata.notes == ((note,) if note else ())
+
+
+def test_a_hostile_packet_of_claims_takes_no_time() -> None:
+    start = time.process_time()
+    for part in (b"<hdrgm:a>", b"<hdrgm:a", b' hdrgm:a="', b" hdrgm:a='\"", b" "):
+        xmp = part * (65000 // len(part))
+        data = saved(Image.new("RGB", (16, 16)), "JPEG", xmp=xmp)
+        decode(data, "a.jpg")
+    assert time.process_time() - start < 1
+
+
+RECORDS = b"\x1c\2\x50\0\6Agency" + b"\x1c\2\x78\0\3Sea"  # of IIM: author, caption
+THUMBNAIL = image_resource(1036, b"the old picture")
+PATH = image_resource(2000, b"a clipping path")
+
+
+def test_iptc_comments_and_long_xmp_of_a_jpeg_come_back() -> None:
+    plain = saved(Image.fromarray(smooth(60, 80)), "JPEG", xmp=GAIN_MAP)
+    blocks = b"Photoshop 3.0\0" + THUMBNAIL + image_resource(IPTC, RECORDS) + PATH
+    extended = b"http://ns.adobe.com/xmp/extension/\0" + b"0F" * 16 + bytes(60000)
+    segments = [(0xED, blocks), (0xE1, extended), (0xFE, b"scan 12"), (0xFE, b"box 3")]
+    data = plain[:2] + b"".join(jpeg_segment(*one) for one in segments) + plain[2:]
+    written = encoded(decode(data, "a.jpg"))
+    found = list(jpeg_segments(written))
+    assert (0xED, b"Photoshop 3.0\0" + image_resource(IPTC, RECORDS) + PATH) in found
+    assert [content for marker, content in found if marker == 0xFE] == [b"scan 12", b"box 3"]
+    assert (0xE1, extended) in found and b'xmpNote:HasExtendedXMP="0F"' in written
+
+
+def test_blocks_of_several_segments_come_out_in_as_many() -> None:
+    plain = saved(Image.fromarray(smooth(60, 80)), "JPEG")
+    block = image_resource(2001, bytes(range(256)) * 500)
+    parts = (block[:60000], block[60000:120000], block[120000:])
+    segments = b"".join(jpeg_segment(0xED, b"Photoshop 3.0\0" + part) for part in parts)
+    photo = decode(plain[:2] + segments + plain[2:], "a.jpg")
+    assert photo.metadata.resources == block
+    assert decode(encoded(photo), "a.jpg").metadata.resources == block
+
+
+def test_iptc_of_a_tiff_comes_back_and_its_further_pages_are_named() -> None:
+    pages = io.BytesIO()
+    with tifffile.TiffWriter(pages) as file:
+        tags = [(33723, 1, len(RECORDS), RECORDS, True), (34377, 1, len(PATH), PATH, True)]
+        file.write(smooth(60, 80), photometric="rgb", extratags=tags)
+        file.write(smooth(30, 40), photometric="rgb", subfiletype=1)  # the same, smaller
+        file.write(smooth(60, 80), photometric="rgb")
+    photo = decode(pages.getvalue(), "a.tif")
+    assert photo.metadata.notes == ("the first of its 2 pages was kept, the others were not",)
+    with tifffile.TiffFile(io.BytesIO(encoded(photo))) as again:
+        assert len(again.pages) == 1
+        assert bytes(again.pages.first.tags[33723].value) == RECORDS
+        assert bytes(again.pages.first.tags[34377].value) == PATH
+
+
+@pytest.mark.parametrize("kind", [b"tEXt", b"zTXt"])
+def test_exif_that_a_png_holds_as_text_is_turned_and_kept(kind: bytes) -> None:
+    digits = (b"Exif\0\0" + exif(6)).hex()
+    text = f"\nexif\n{len(digits) // 2:8}\n" + "\n".join(
+        digits[at : at + 72] for at in range(0, len(digits), 72)
+    )
+    packed = b"\0" + zlib.compress(text.encode()) if kind == b"zTXt" else text.encode()
+    plain = saved(Image.fromarray(smooth(60, 80)), "PNG")
+    chunk = png_chunk(kind, b"Raw profile type exif\0" + packed)
+    photo = decode(plain[:33] + chunk + plain[33:], "a.png")
+    assert photo.pixels.shape == (80, 60, 3)
+    first, camera, _ = exif_of(encoded(photo))
+    assert (first[271], first[274], camera[37500]) == ("Maker", 1, NOTE)
+    assert not any(content.startswith(b"Raw") for _, content in png_chunks(encoded(photo)))
+    broken = png_chunk(kind, b"Raw profile type exif\0\nexif\n 9\nxyz")
+    notes = decode(plain[:33] + broken + plain[33:], "a.png").metadata.notes
+    assert notes == ("its EXIF block is damaged and was not kept",)
+
+
 @pytest.mark.parametrize("quality", [60, 88])
+@pytest.mark.parametrize("subsampling", ["4:4:4", "4:2:2", "4:2:0"])
 def test_a_jpeg_keeps_its_tables_and_subsampling(quality: int, subsampling: str) -> None:
     stream = io.BytesIO()
     Image.fromarray(smooth(60, 80)).save(stream, "JPEG", quality=quality, subsampling=subsampling)

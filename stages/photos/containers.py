@@ -13,8 +13,8 @@ PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 
 
 def jpeg_segments(data: bytes) -> Iterator[tuple[int, bytes]]:
-    """(marker, content) of each segment before the first scan; the decoder judges damage, so this
-    ends quietly where no marker stands."""
+    """(marker, content) of each segment before the first scan, then (SOS, all from that scan on);
+    the decoder judges damage, so this ends quietly where no marker stands."""
     at = 2
     while at + 4 <= len(data) and data[at] == 0xFF:
         marker = data[at + 1]
@@ -23,6 +23,8 @@ def jpeg_segments(data: bytes) -> Iterator[tuple[int, bytes]]:
         elif marker == 0x01 or 0xD0 <= marker <= 0xD8:  # no length field
             at += 2
         elif marker in (0xD9, 0xDA):
+            if marker == 0xDA:
+                yield marker, data[at + 2 :]
             return
         else:
             (length,) = struct.unpack_from(">H", data, at + 2)
@@ -33,6 +35,28 @@ def jpeg_segments(data: bytes) -> Iterator[tuple[int, bytes]]:
 def jpeg_segment(marker: int, content: bytes) -> bytes:
     """One segment with its length.  content: at most 65533 bytes."""
     return struct.pack(">BBH", 0xFF, marker, len(content) + 2) + content
+
+
+def image_resources(blocks: bytes) -> Iterator[tuple[int, bytes, bytes]]:
+    """(number, whole block, content) of each of Photoshop's image resources; ends quietly where
+    they are damaged.  Adobe Photoshop File Formats Specification, Image Resources Section."""
+    at = 0
+    while blocks[at : at + 4] == b"8BIM" and at + 12 <= len(blocks):
+        start = at + 6 + (blocks[at + 6] // 2 + 1) * 2  # past the name, of even length
+        size = int.from_bytes(blocks[start : start + 4], "big")
+        start += 4
+        if start + size > len(blocks):
+            return
+        end = start + size + size % 2
+        number = int.from_bytes(blocks[at + 4 : at + 6], "big")
+        yield number, blocks[at:end].ljust(end - at, b"\0"), blocks[start : start + size]
+        at = end
+
+
+def image_resource(number: int, content: bytes) -> bytes:
+    """One block, without a name."""
+    head = b"8BIM" + struct.pack(">HHI", number, 0, len(content))
+    return head + content + bytes(len(content) % 2)
 
 
 def png_chunks(data: bytes) -> Iterator[tuple[bytes, bytes]]:

@@ -99,7 +99,7 @@ def decode(data: bytes, name: str, *, max_megapixels: float = 128) -> Photo:
         _refuse_animation(data, opened, format)
         _refuse_scans(data, opened, format)
         metadata, orientation = read_metadata(data, format, ifds, opened.embedded)
-        for note in _losses(opened, format):
+        for note in _losses(data, opened, format, ifds):
             metadata = metadata.noting(note)
         photo = _photo(opened, format, metadata, _alpha_follows(opened, ifds))
         photo = _srgb_encoded(replace(photo, encoding=_encoding(data, format)), data, ifds)
@@ -169,11 +169,20 @@ def _refuse_scans(data: bytes, opened: Opened, format: str) -> None:
         )
 
 
-def _losses(opened: Opened, format: str) -> list[str]:
+def _losses(data: bytes, opened: Opened, format: str, ifds: tuple[Ifd, ...]) -> list[str]:
     """What a copy of the photo will lack that its file has."""
     notes = []
-    if opened.pages > 1 and format in ("gif", "avif"):
-        notes.append(f"the first of its {opened.pages} frames was kept, the others were not")
+    pages = opened.pages
+    if format == "tiff":  # the photo again, only smaller, is no page
+        whole = [
+            ifd for ifd in ifds if 256 in ifd.entries and not (ifd.numbers(254) or (0,))[0] & 1
+        ]
+        pages = len({ifd.page for ifd in whole})
+    if pages > 1 and format in ("gif", "avif", "tiff", "heic"):
+        kind = "pages" if format == "tiff" else "frames"
+        notes.append(f"the first of its {pages} {kind} was kept, the others were not")
+    if format in ("avif", "heic") and (b"hdrgainmap" in data or b"\0\0\0\0tmap" in data):
+        notes.append("its HDR gain map was not kept")
     if format == "gif":
         notes.append("a GIF holds 256 colours: the result was brought back to as many")
     if format == "avif" and opened.bits > 8:

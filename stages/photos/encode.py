@@ -12,14 +12,25 @@ import tifffile
 from PIL import Image
 
 from evenlight.cache.files import atomic_write
-from evenlight.stages.photos.containers import PNG_SIGNATURE, jpeg_segment, png_chunk
+from evenlight.stages.photos.containers import (
+    PNG_SIGNATURE,
+    image_resource,
+    jpeg_segment,
+    png_chunk,
+)
 from evenlight.stages.photos.decode import Photo
 from evenlight.stages.photos.exif import first_ifd, relocated, without_orientation
 from evenlight.stages.photos.heic import heic_bytes
-from evenlight.stages.photos.metadata import EXIF_PREFIX, XMP_PREFIX
+from evenlight.stages.photos.metadata import (
+    EXIF_PREFIX,
+    EXTENDED_PREFIX,
+    IPTC,
+    RESOURCES_PREFIX,
+    XMP_PREFIX,
+)
 
-_XMP = 700  # TIFF tag
-_SEGMENT = 65533 - len(EXIF_PREFIX)  # bytes of EXIF in one segment
+_XMP, _IPTC, _RESOURCES = 700, 33723, 34377  # TIFF tags
+_SEGMENT = 65533  # bytes in one segment of a JPEG
 _GIF_CLEAR = 255  # the palette's last index
 
 
@@ -93,14 +104,23 @@ def _jpeg(photo: Photo, samples: np.ndarray, quality: int) -> bytes:
     metadata = photo.metadata
     dpi = metadata.dpi and (round(metadata.dpi[0]), round(metadata.dpi[1]))
     data = _saved(image, "JPEG", icc_profile=_icc(photo, samples), dpi=dpi, **how)
-    segments = []
-    exif = metadata.exif or b""
-    for start in range(0, len(exif), _SEGMENT):  # Pillow refuses blocks that need several
-        segments.append(jpeg_segment(0xE1, EXIF_PREFIX + exif[start : start + _SEGMENT]))
-    if metadata.xmp is not None:
-        segments.append(jpeg_segment(0xE1, XMP_PREFIX + metadata.xmp))
+    resources = metadata.resources or b""
+    if metadata.iptc is not None:
+        resources = image_resource(IPTC, metadata.iptc) + resources
+    segments = _segments(0xE1, EXIF_PREFIX, metadata.exif or b"")  # of which Pillow writes only one
+    segments += [jpeg_segment(0xE1, XMP_PREFIX + metadata.xmp)] if metadata.xmp else []
+    segments += [jpeg_segment(0xE1, EXTENDED_PREFIX + part) for part in metadata.extended]
+    segments += _segments(0xED, RESOURCES_PREFIX, resources)
+    segments += [jpeg_segment(0xFE, comment) for comment in metadata.comments]
     at = 4 + int.from_bytes(data[4:6], "big")  # behind the first, JFIF's
     return data[:at] + b"".join(segments) + data[at:]
+
+
+def _segments(marker: int, prefix: bytes, content: bytes) -> list[bytes]:
+    """As many as it takes, each with the prefix."""
+    step = _SEGMENT - len(prefix)
+    starts = range(0, len(content), step)
+    return [jpeg_segment(marker, prefix + content[at : at + step]) for at in starts]
 
 
 def _webp(photo: Photo, samples: np.ndarray, quality: int) -> bytes:
@@ -201,7 +221,7 @@ def _png_metadata(photo: Photo, samples: np.ndarray) -> list[tuple[bytes, bytes]
 def _tiff(photo: Photo, samples: np.ndarray, quality: int) -> bytes:
     """Deflate with horizontal differences; what EXIF says follows the pixels."""
     metadata, channels = photo.metadata, samples.shape[2]
-    xmp = metadata.xmp
+    blocks = {_XMP: metadata.xmp, _IPTC: metadata.iptc, _RESOURCES: metadata.resources}
     stream = io.BytesIO()
     tifffile.imwrite(
         stream,
@@ -217,7 +237,7 @@ def _tiff(photo: Photo, samples: np.ndarray, quality: int) -> bytes:
         iccprofile=_icc(photo, samples),
         software=False,
         metadata=None,
-        extratags=[(_XMP, 1, len(xmp), xmp, True)] if xmp else [],
+        extratags=[(tag, 1, len(block), block, True) for tag, block in blocks.items() if block],
     )
     tiff = stream.getvalue()
     return _with_exif(tiff, metadata.exif) if metadata.exif else tiff

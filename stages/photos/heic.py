@@ -34,6 +34,7 @@ def open_heic(data: bytes) -> Opened:
         bits=16 if deep else 8,
         colours="gray" if channels <= 2 else "rgb",
         channels=channels,
+        pages=len(file),
         embedded={kind: file.info[name] for kind, name in blocks.items() if file.info.get(name)},
         samples=samples,
     )
