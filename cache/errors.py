@@ -1,5 +1,12 @@
 """Errors a user can meet. Each message says what, where, and what to do; cli.py maps exit codes."""
 
+LONGEST = 300  # characters of a library's message; torch writes pages
+
+
+def one_line(error: Exception) -> str:
+    """What a library says, in one line that is not too long."""
+    return " ".join(str(error).split())[:LONGEST]
+
 
 class EvenlightError(Exception):
     """Base of every error that is the user's to act on."""

@@ -5,6 +5,7 @@ Every byte of a store goes to disk through `atomic_write`. POSIX only (flock, fs
 
 import contextlib
 import fcntl
+import functools
 import hashlib
 import json
 import os
@@ -12,13 +13,17 @@ import re
 import secrets
 import socket
 import time
+from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Self, TypeVar
+
+from pydantic import TypeAdapter, ValidationError
 
 from evenlight.cache.errors import StoreError
 
+Checked = TypeVar("Checked")
 TEMPORARY_SUFFIX = ".evenlight-tmp"
 # Ours, and those that a killed zarr leaves; nobody else's files match.
 _LITTER = re.compile(rf"({re.escape(TEMPORARY_SUFFIX)}|\.[0-9a-f]{{32}}\.partial)$")
@@ -133,6 +138,23 @@ def parse_json_object(path: Path) -> dict[str, Any]:
     if not isinstance(document, dict):
         raise StoreError(f"{path} is damaged: expected a JSON object")
     return document
+
+
+def checked(kind: type[Checked], document: Any, where: str | Path) -> Checked:
+    """A JSON value as a dataclass: every field there, of its type, and its own asserts hold.
+
+    where: what it was read from.  Raises StoreError that names it and the first field at fault.
+    """
+    try:
+        found: Checked = _adapter(kind).validate_python(document)
+    except ValidationError as error:
+        first = error.errors()[0]
+        field = ".".join(map(str, first["loc"])) or "it"
+        raise StoreError(f"{where} is damaged: {field}: {first['msg'][:200]}") from error
+    return found
+
+
+_adapter: Callable[[Any], TypeAdapter[Any]] = functools.cache(TypeAdapter)
 
 
 class Lock:

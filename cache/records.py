@@ -58,10 +58,11 @@ def record_path(store: Path, unit: int) -> Path:
 
 
 def read_record(store: Path, unit: int, unit_size: int) -> UnitRecord:
-    record = UnitRecord.from_json(files.read_json(record_path(store, unit)))
+    path = record_path(store, unit)
+    record = UnitRecord.from_json(files.read_json(path), path)
     if record.unit != unit or len(record.photos) != unit_size:
         raise StoreError(
-            f"{record_path(store, unit)} is the record of unit {record.unit} with "
+            f"{path} is the record of unit {record.unit} with "
             f"{len(record.photos)} photos, expected unit {unit} with {unit_size}"
         )
     return record
@@ -103,18 +104,22 @@ def group_damages(store: Path) -> list[str]:
     return reasons
 
 
+def read_index(store: Path) -> Index:
+    path = index_path(store)
+    return Index.from_json(files.read_json(path), path)
+
+
 def read_or_recover_index(store: Path, unit_size: int) -> Index:
     try:
-        document = files.read_json(index_path(store))
+        return read_index(store)
     except StoreError as error:
         records = []
         for file in sorted(units_folder(store).glob("*.json")):
             with suppress(StoreError):
-                records.append(UnitRecord.from_json(files.read_json(file)))
+                records.append(UnitRecord.from_json(files.read_json(file), file))
         if records:
             _log.warning("%s; rebuilt from the records of %d units", error, len(records))
         return recovered_index(records, unit_size)
-    return Index.from_json(document)
 
 
 @cache
@@ -172,7 +177,7 @@ def read_note(store: Path, name: str) -> dict[str, Any]:
     document = files.read_json(note_path(store, name))
     try:
         return {key: _unpacked(value) for key, value in document.items()}
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise StoreError(f"{note_path(store, name)} is damaged: {error!r}") from error
 
 

@@ -4,15 +4,17 @@ import dataclasses
 import math
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
 
 from evenlight.cache.errors import StoreError
-from evenlight.cache.files import canonical_json, sha256_bytes
+from evenlight.cache.files import canonical_json, checked, sha256_bytes
 
 SCHEMA = 2  # raised when an older store could be misread, or what a part computes has changed
 PARTS = ("photo", "regions", "embeddings", "pseudo_gt")  # each is made from those before it
+MOST_PHOTOS = 10**8  # of a store; more is a damaged number
 OK, FAILED, EMPTY = "ok", "failed", "empty"
 STATUSES = (OK, FAILED, EMPTY)
 
@@ -54,7 +56,7 @@ class Index:
     source: str = ""  # the folder or file the photos came from
 
     def __post_init__(self) -> None:
-        assert self.unit_size >= 1, self.unit_size
+        assert 1 <= self.unit_size <= MOST_PHOTOS, f"unit_size {self.unit_size}"
         named = [name for name in self.names if name is not None]
         assert len(named) == len(set(named)), "a photo has two slots"
 
@@ -93,18 +95,10 @@ class Index:
         return {"schema": SCHEMA} | dataclasses.asdict(self)
 
     @classmethod
-    def from_json(cls, document: Mapping[str, Any]) -> Self:
-        """Raises StoreError where the document is of another schema or shape."""
-        check_schema(document.get("schema"), "its index")
-        try:
-            return cls(
-                names=tuple(document["names"]),
-                unit_size=document["unit_size"],
-                settings=document["settings"],
-                source=document["source"],
-            )
-        except (KeyError, TypeError, AssertionError) as error:
-            raise StoreError(f"the index is damaged: {error!r}") from error
+    def from_json(cls, document: Mapping[str, Any], where: Path) -> Self:
+        """Raises StoreError where the document, read from there, is of another schema or shape."""
+        check_schema(document.get("schema"), str(where))
+        return checked(cls, document, where)
 
 
 @dataclass(frozen=True)
@@ -135,6 +129,9 @@ class StoredArray:
     shape: tuple[int, ...]
     dtype: str
 
+    def __post_init__(self) -> None:
+        assert self.bytes >= 0 and all(side > 0 for side in self.shape), self
+
 
 @dataclass(frozen=True)
 class PartRecord:
@@ -144,7 +141,7 @@ class PartRecord:
     notes: tuple[str, ...] = ()  # names of notes that it was made by
 
     def __post_init__(self) -> None:
-        assert all(isinstance(name, str) and name.isidentifier() for name in self.notes), self.notes
+        assert all(name.isidentifier() for name in (*self.arrays, *self.notes)), self
 
 
 @dataclass(frozen=True)
@@ -154,6 +151,10 @@ class UnitRecord:
     unit: int
     photos: tuple[PhotoRecord, ...]  # unit_size of them
     parts: dict[str, PartRecord]
+
+    def __post_init__(self) -> None:
+        assert 0 <= self.unit * len(self.photos) < MOST_PHOTOS, f"unit {self.unit}"
+        assert set(self.parts) == set(PARTS[: len(self.parts)]), f"parts {sorted(self.parts)}"
 
     @property
     def complete(self) -> bool:
@@ -182,28 +183,10 @@ class UnitRecord:
         return {"schema": SCHEMA} | dataclasses.asdict(self)
 
     @classmethod
-    def from_json(cls, document: Mapping[str, Any]) -> Self:
-        """Raises StoreError where the document is of another schema or shape."""
-        check_schema(document.get("schema"), "its record")
-        try:
-            return cls(
-                unit=document["unit"],
-                photos=tuple(PhotoRecord(**photo) for photo in document["photos"]),
-                parts={
-                    name: PartRecord(
-                        fingerprint=part["fingerprint"],
-                        arrays={
-                            array: StoredArray(**(entry | {"shape": tuple(entry["shape"])}))
-                            for array, entry in part["arrays"].items()
-                        },
-                        software=part["software"],
-                        notes=tuple(part.get("notes", ())),
-                    )
-                    for name, part in document["parts"].items()
-                },
-            )
-        except (KeyError, TypeError, AttributeError, AssertionError) as error:
-            raise StoreError(f"the record is damaged: {error!r}") from error
+    def from_json(cls, document: Mapping[str, Any], where: Path) -> Self:
+        """Raises StoreError where the document, read from there, is of another schema or shape."""
+        check_schema(document.get("schema"), str(where))
+        return checked(cls, document, where)
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ under every version of it, and each is sealed: one flipped bit in one (the separ
 import json
 import math
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,22 @@ from evenlight.cache.schema import SCHEMA, ArraySpec
 
 OURS = "evenlight"  # our key in "attributes", and the sub-group with index, records and lock
 Document = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class _Form:
+    """What every zarr.json of ours holds that is used here; arrays have all of it."""
+
+    node_type: str
+    attributes: dict[str, dict[str, Any]]
+    shape: tuple[int, ...] = ()
+    data_type: str = ""
+
+    def __post_init__(self) -> None:
+        is_array = self.node_type == "array"
+        assert is_array == ("part" in self.attributes[OURS]), self.node_type
+        assert is_array == bool(self.shape and self.data_type), self.shape
+        assert all(side >= 0 for side in self.shape), self.shape
 
 
 def group_document() -> Document:
@@ -76,6 +93,7 @@ def read_document(folder: Path) -> Document:
         intact = False
     if not intact:
         raise StoreError(f"{path} is damaged: its content does not match its own digest")
+    files.checked(_Form, document, path)
     return document
 
 
@@ -131,8 +149,11 @@ class ArrayReader:
         document = read_document(folder)
         self.shape = tuple(document["shape"])  # slots first
         self.dtype = document["data_type"]
-        store = LocalStore(folder, read_only=True)
-        self._array = zarr.open_array(store, mode="r", zarr_format=3)
+        try:
+            store = LocalStore(folder, read_only=True)
+            self._array = zarr.open_array(store, mode="r", zarr_format=3)
+        except Exception as error:  # zarr has no common base of errors
+            raise StoreError(f"{folder} does not open: {error}") from error
 
     def span(self, start: int, stop: int) -> np.ndarray:
         """Rows from start up to stop. Raises StoreError where a shard does not decode."""

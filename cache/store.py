@@ -83,7 +83,7 @@ class Store:
         try:
             for reason in records.group_damages(path):
                 raise StoreError(reason)
-            index = Index.from_json(files.read_json(records.index_path(path)))
+            index = records.read_index(path)
         except StoreError as error:
             raise StoreError(f"store {path}: {error}; {_CURE}") from error
         return cls(path, index, lock=None, token="")

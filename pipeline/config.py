@@ -9,6 +9,7 @@ import difflib
 import logging
 import tomllib
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, get_type_hints
 
@@ -223,7 +224,8 @@ def _coerced(key: str, value: Any, wanted: Any) -> Any:
         item = wanted.__args__[0]
         return tuple(_coerced(key, v, item) for v in value)
     if wanted is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
+        with suppress(OverflowError):
+            return float(value)
     if isinstance(wanted, type) and type(value) is wanted:
         return value
     name = getattr(wanted, "__name__", str(wanted))

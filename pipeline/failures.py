@@ -5,9 +5,7 @@ from contextlib import contextmanager
 
 import cv2
 
-from evenlight.cache.errors import PhotoError
-
-LONGEST = 300  # characters of a library's message; torch writes pages
+from evenlight.cache.errors import PhotoError, one_line
 
 
 @contextmanager
@@ -22,5 +20,4 @@ def one_photo() -> Iterator[None]:
     except MemoryError as error:
         raise PhotoError("needs more memory than there is") from error
     except (ValueError, RuntimeError, cv2.error) as error:
-        message = " ".join(str(error).split())[:LONGEST]
-        raise PhotoError(f"{type(error).__name__}: {message}") from error
+        raise PhotoError(f"{type(error).__name__}: {one_line(error)}") from error

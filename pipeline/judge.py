@@ -6,12 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from evenlight.cache.errors import StoreError
+from evenlight.cache.files import checked
 from evenlight.cache.store import Store
 from evenlight.pipeline import config
 from evenlight.pipeline.config import Given
+from evenlight.pipeline.models import read_judge
 from evenlight.pipeline.parts import JUDGE, TUNING
 from evenlight.stages.priors import judge_tuning, prompts
 from evenlight.stages.priors.clip import load_clip
@@ -58,19 +59,19 @@ def store_judge(store: Store, clip: ClipModel | None) -> Judge:
     Raises StoreError where the judge is damaged, or missing though pseudo-GT was made by it, or
     where there is none and no clip to choose one for.
     """
-    found = store.note(JUDGE)
-    if found is not None and (
-        clip is None or (found.get("clip") == clip.fingerprint and found.get("tuned"))
-    ):
-        return _judge(store, found)
+    found = _noted(store)
+    if found is not None:
+        about, judge = found
+        if clip is None or (about.clip == clip.fingerprint and about.tuned):
+            return judge
     if clip is None:
         raise StoreError(
             f"store {store.path} has no judge: run 'evenlight precompute' to give it one"
         )
-    judge = Judge.shipped(clip)
-    if found is None or _judge(store, found).fingerprint != judge.fingerprint:
-        write_judge(store, judge, clip, tuned=False)
-    return judge
+    shipped = Judge.shipped(clip)
+    if found is None or found[1].fingerprint != shipped.fingerprint:
+        write_judge(store, shipped, clip, tuned=False)
+    return shipped
 
 
 def tune_clip(
@@ -107,11 +108,11 @@ def tune_clip(
 
 def judge_info(store: Store) -> dict[str, Any]:
     """Which judge a store holds: its fingerprint, whether tuned, for which CLIP."""
-    found = store.note(JUDGE)
+    found = _noted(store)
     if found is None:
         return {"fingerprint": "", "tuned": False, "clip": ""}
-    judge = _judge(store, found)
-    return {"fingerprint": judge.fingerprint, "tuned": found["tuned"], "clip": found["clip"]}
+    about, judge = found
+    return {"fingerprint": judge.fingerprint, "tuned": about.tuned, "clip": about.clip}
 
 
 def write_judge(store: Store, judge: Judge, clip: ClipModel, *, tuned: bool) -> None:
@@ -120,18 +121,26 @@ def write_judge(store: Store, judge: Judge, clip: ClipModel, *, tuned: bool) -> 
     store.write_note(JUDGE, {"clip": clip.fingerprint, "tuned": tuned, **tensors})
 
 
-def _judge(store: Store, note: Mapping[str, Any]) -> Judge:
+@dataclass(frozen=True)
+class _About:
+    """What the note says of the judge beside its tensors."""
+
+    clip: str  # fingerprint of the one whose embeddings it reads
+    tuned: bool
+
+
+def _noted(store: Store) -> tuple[_About, Judge] | None:
+    note = store.note(JUDGE)
+    if note is None:
+        return None
+    where = f"the judge of store {store.path}"
+    tensors = {key.removeprefix("tensor "): x for key, x in note.items() if "tensor " in key}
     try:
-        tensors = {
-            key.removeprefix("tensor "): torch.as_tensor(value, dtype=torch.float32)
-            for key, value in note.items()
-            if key.startswith("tensor ")
-        }
-        return Judge(tensors)
-    except (KeyError, IndexError, TypeError, ValueError, RuntimeError, AssertionError) as error:
+        return checked(_About, note, where), read_judge(tensors, where)
+    except StoreError as error:
         raise StoreError(
-            f"the judge of store {store.path} cannot be used ({error!r}): 'evenlight cache verify "
-            "--repair', then 'evenlight precompute', give it the one that ships"
+            f"{error}: 'evenlight cache verify --repair', then 'evenlight precompute', give it the "
+            "one that ships"
         ) from error
 
 

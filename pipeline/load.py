@@ -1,15 +1,16 @@
 """A trained corrector brought together with the priors it was trained with."""
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from evenlight.cache.errors import EnvironmentLacks, StoreError, UsageError
+from evenlight.cache.files import checked
 from evenlight.pipeline import config
 from evenlight.pipeline.config import Given
-from evenlight.pipeline.models import choose_device, load_models, priors_of
+from evenlight.pipeline.models import choose_device, load_models, priors_of, read_judge
 from evenlight.stages.corrector.checkpoint import load_corrector
 from evenlight.stages.corrector.predictor import Predictor
-from evenlight.stages.priors.judge import Judge
 from evenlight.stages.settings import Settings
 from evenlight.stages.weights import shipped
 
@@ -19,6 +20,23 @@ from evenlight.stages.weights import shipped
 OPEN_SETTINGS = (
     "run.device", "photo.max_megapixels", "regions.segmenter", "clip.weights", "judge.prior_good",
 )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class _Priors:
+    """Fingerprints, as `priors_of` gives."""
+
+    segmenter: str
+    clip: str
+    judge: str
+
+
+@dataclass(frozen=True)
+class _About:
+    """What the info of a corrector says of how it is used."""
+
+    settings: dict[str, dict[str, Any]]
+    priors: _Priors
 
 
 def load_predictor(model: str | Path | None = None, *, settings: Given = None) -> Predictor:
@@ -33,11 +51,13 @@ def load_predictor(model: str | Path | None = None, *, settings: Given = None) -
             "no corrector ships with this version: train one and name its folder with -m"
         )
     network, info, extra = load_corrector(folder)
-    complete = _settings(folder, info["settings"], settings)
+    about = checked(_About, info, folder / "corrector.json")
+    complete = _settings(folder, about.settings, settings)
     models = load_models(complete)
-    judge = Judge({key.removeprefix("judge."): value for key, value in extra.items()})
+    tensors = {key.removeprefix("judge."): value for key, value in extra.items()}
+    judge = read_judge(tensors, f"the judge of corrector {folder}")
     found = priors_of(models, judge.fingerprint)
-    for prior, wanted in info["priors"].items():
+    for prior, wanted in vars(about.priors).items():
         if found[prior] != wanted:
             raise StoreError(
                 f"corrector {folder} was trained with {prior} {wanted[:12]}, here is "

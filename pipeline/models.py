@@ -1,13 +1,16 @@
 """The frozen models a command needs, loaded once per process."""
 
 import functools
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
-from evenlight.cache.errors import EnvironmentLacks
+from evenlight.cache.errors import EnvironmentLacks, StoreError, one_line
 from evenlight.stages.priors.clip import load_clip
 from evenlight.stages.priors.fastsam import load_segmenter
+from evenlight.stages.priors.judge import Judge
 from evenlight.stages.priors.protocols import ClipModel, Segmenter
 from evenlight.stages.settings import ClipSettings, RegionSettings, Settings
 
@@ -31,6 +34,16 @@ def priors_of(models: Models, judge: str) -> dict[str, str]:
         "clip": models.clip.fingerprint,
         "judge": judge,
     }
+
+
+def read_judge(tensors: Mapping[str, Any], where: str) -> Judge:
+    """The judge of arrays that were read back.  Raises StoreError where they make none."""
+    try:
+        judge = Judge({name: torch.as_tensor(x).float() for name, x in tensors.items()})
+        assert all(bool(x.isfinite().all()) for x in judge.tensors.values()), "NaN or infinity"
+    except (LookupError, TypeError, ValueError, RuntimeError, AssertionError) as error:
+        raise StoreError(f"{where} cannot be used ({one_line(error)})") from error
+    return judge
 
 
 def choose_device(name: str) -> str:

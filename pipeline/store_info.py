@@ -3,13 +3,13 @@
 from pathlib import Path
 from typing import Any
 
-from evenlight.cache.errors import EnvironmentLacks
+from evenlight.cache.errors import EnvironmentLacks, StoreError
 from evenlight.cache.schema import Damage
 from evenlight.cache.store import Store
 from evenlight.pipeline.config import Given, known, resolve
 from evenlight.pipeline.judge import judge_info
 from evenlight.pipeline.models import load_models
-from evenlight.pipeline.parts import PARTS, sizes
+from evenlight.pipeline.parts import JUDGE, PARTS, sizes
 from evenlight.pipeline.plan import made_by, recorded_plans
 
 
@@ -44,6 +44,11 @@ def cache_verify(store: str | Path, *, repair: bool = False) -> list[Damage]:
     opened = Store.create_or_open(store) if repair and Path(store).is_dir() else Store.open(store)
     with opened as source:
         damages = source.verify()
+        if not any(damage.note == JUDGE for damage in damages):
+            try:
+                judge_info(source)
+            except StoreError as error:  # whole, and yet no judge
+                damages.append(Damage(None, "", "", str(error), note=JUDGE))
         if repair:
             for damage in damages:
                 if damage.note:

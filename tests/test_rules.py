@@ -19,6 +19,7 @@ SOURCES = [
 ]
 IMPORTERS = {
     "zarr": {"cache/shards.py"},
+    "pydantic": {"cache/files.py"},
     "h5py": {"stages/photos/hdf5.py"},
     "ultralytics": {"stages/priors/fastsam.py"},
     "open_clip": {"stages/priors/clip.py"},

@@ -7,18 +7,19 @@ A checkpoint is a folder, built under a temporary name and renamed in one go.
 import logging
 import re
 import shutil
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import load as parse_safetensors
 from safetensors.torch import save as to_safetensors
 from torch import Tensor
 
-from evenlight.cache.errors import StoreError, UsageError
+from evenlight.cache.errors import StoreError, UsageError, one_line
 from evenlight.cache.files import (
     atomic_write,
+    checked,
     make_folder,
     read_json,
     sha256_bytes,
@@ -30,9 +31,45 @@ from evenlight.stages.settings import NetworkSettings
 
 log = logging.getLogger(__name__)
 FORMAT = 1  # of every file written here
+MOST_STEPS = 10**9
+LARGEST = 1e6  # of weights; those that ship are below 10
 KEEP = 2  # newest checkpoints; one alone could be the one that is damaged
 _NAME = re.compile(r"step_(\d{7,})")
 _BUILDING, _LEAVING = ".building-", ".leaving-"
+
+
+@dataclass(frozen=True)
+class _Seal:
+    format: int
+    bytes: int
+    tensors: str  # sha256
+
+
+@dataclass(frozen=True)
+class _Vouching:
+    """The JSON beside tensors."""
+
+    file: _Seal
+    info: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class _Step:
+    step: int
+
+    def __post_init__(self) -> None:
+        assert 0 <= self.step < MOST_STEPS, f"step {self.step}"
+
+
+@dataclass(frozen=True)
+class _OfNetwork:
+    """What of the info of a corrector its network is made by."""
+
+    settings: dict[str, Any]
+    p3_channels: int
+
+    def __post_init__(self) -> None:
+        assert 0 < self.p3_channels <= 4096, f"p3_channels {self.p3_channels}"
 
 
 class Checkpoint(NamedTuple):
@@ -60,25 +97,25 @@ def load_tensors(stem: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     Raises StoreError naming the file if either is missing, damaged, or not of this format.
     """
     path = _tensors_path(stem)
-    document = read_json(_json_path(stem))
-    seal = document.get("file", {})
-    if seal.get("format") != FORMAT:
+    vouching = checked(_Vouching, read_json(_json_path(stem)), _json_path(stem))
+    seal = vouching.file
+    if seal.format != FORMAT:
         raise StoreError(
-            f"{_json_path(stem)} has format {seal.get('format')}, this version reads {FORMAT}: "
+            f"{_json_path(stem)} has format {seal.format}, this version reads {FORMAT}: "
             "use the version of evenlight that wrote it, or make it again"
         )
     try:
         data = path.read_bytes()
     except OSError as error:
         raise StoreError(f"{path} cannot be read: {error.strerror}") from error
-    if len(data) != seal["bytes"] or sha256_bytes(data) != seal["tensors"]:
+    if len(data) != seal.bytes or sha256_bytes(data) != seal.tensors:
         raise StoreError(
             f"{path} is damaged: {len(data)} bytes with another sha256 than the "
-            f"{seal['bytes']} bytes that {_json_path(stem).name} vouches for"
+            f"{seal.bytes} bytes that {_json_path(stem).name} vouches for"
         )
     try:
-        return parse_safetensors(data), document["info"]
-    except SafetensorError as error:
+        return parse_safetensors(data), vouching.info
+    except (SafetensorError, KeyError, ValueError, RuntimeError) as error:  # kinds torch lacks too
         raise StoreError(f"{path} is not a safetensors file: {error}") from error
 
 
@@ -113,13 +150,14 @@ def load_checkpoint(path: Path) -> Checkpoint:
     """
     try:
         tensors, info = load_tensors(path / "state")
+        step = checked(_Step, info, path / "state.json").step
     except StoreError as error:
         siblings = checkpoint_steps(path.parent) if path.parent.is_dir() else []
         others = [checkpoint_path(path.parent, step) for step in reversed(siblings)]
         earlier = [other.name for other in others if other.name < path.name and _is_whole(other)]
         offer = f"{earlier[0]} is whole" if earlier else "no earlier one is whole"
         raise StoreError(f"checkpoint {path.name} cannot be used: {error}; {offer}") from error
-    return Checkpoint(info["step"], tensors, info)
+    return Checkpoint(step, tensors, info)
 
 
 def load_latest(folder: Path) -> Checkpoint | None:
@@ -183,17 +221,21 @@ def load_corrector(folder: Path) -> tuple[Corrector, dict[str, Any], dict[str, T
         {name.removeprefix(prefix): x for name, x in tensors.items() if name.startswith(prefix)}
         for prefix in ("network.", "extra.")
     )
+    made_by = checked(_OfNetwork, info.get("network"), f"network of {folder / 'corrector.json'}")
     try:
-        settings = NetworkSettings(**info["network"]["settings"])
-        network = Corrector(settings, info["network"]["p3_channels"])
+        network = Corrector(NetworkSettings(**made_by.settings), made_by.p3_channels)
         network.load_state_dict(weights)
-    except (KeyError, TypeError, RuntimeError, UsageError) as error:
+    except (TypeError, RuntimeError, UsageError) as error:
         raise StoreError(
-            f"{folder} holds a corrector that this version of evenlight does not know ({error}): "
+            f"{folder} holds a corrector that this version of evenlight does not know "
+            f"({one_line(error)}): "
             "use the version that wrote it, or train again"
         ) from error
-    if not all(bool(torch.isfinite(x).all()) for x in weights.values()):
-        raise StoreError(f"{folder} holds a corrector with NaN or infinite weights: train again")
+    if not all(bool((x.abs() < LARGEST).all()) for x in weights.values()):
+        raise StoreError(
+            f"{folder} holds a corrector with weights that are NaN or beyond {LARGEST:g}: "
+            "train again"
+        )
     return network.eval(), info, extra
 
 

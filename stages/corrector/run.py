@@ -13,15 +13,38 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from evenlight.cache.errors import StoreError, UsageError
-from evenlight.cache.files import Lock, atomic_write
+from evenlight.cache.errors import StoreError, UsageError, one_line
+from evenlight.cache.files import Lock, atomic_write, checked
 from evenlight.stages.corrector.checkpoint import Checkpoint, load_latest, save_checkpoint
-from evenlight.stages.corrector.losses import Calibration
+from evenlight.stages.corrector.losses import START_WEIGHTS, Calibration
 from evenlight.stages.corrector.network import Corrector
 from evenlight.stages.settings import Settings
 
 log = logging.getLogger(__name__)
 Progress = Callable[[int, int, dict[str, Any]], None]  # step, steps, record
+
+
+@dataclass(frozen=True)
+class _Calibrated:
+    weights: dict[str, float]
+    norms: dict[str, list[int | float]]
+    done: bool
+
+    def __post_init__(self) -> None:
+        assert self.weights.keys() == START_WEIGHTS.keys(), f"weights of {sorted(self.weights)}"
+        known = self.norms.keys() <= START_WEIGHTS.keys()
+        assert known and (not self.norms or "data" in self.norms), f"norms of {sorted(self.norms)}"
+        for norm in self.norms.values():
+            assert len(norm) == 2 and all(0 < x < 1e30 for x in norm), f"norm {norm}"
+
+
+@dataclass(frozen=True)
+class _Progress:
+    """What a checkpoint says of the run, beside its tensors."""
+
+    best_step: int
+    best_psnr: float | None
+    calibration: _Calibrated
 
 
 @dataclass(kw_only=True)
@@ -59,9 +82,20 @@ class Run:
         save_checkpoint(checkpoints_of(self.folder), self.step, tensors, info, self.best_step)
 
     def restore(self, checkpoint: Checkpoint) -> None:
+        """Take the state of a checkpoint.  Raises StoreError where it is that of another run."""
+        where = f"checkpoint {checkpoint.step} of {self.folder}"
+        progress = checked(_Progress, checkpoint.info.get("progress"), where)
+        try:
+            self._take(checkpoint.tensors)
+        except (KeyError, ValueError, RuntimeError) as error:
+            raise StoreError(f"{where} does not fit this run ({one_line(error)})") from error
+        self.step, self.best_step = checkpoint.step, progress.best_step
+        self.best_psnr = -math.inf if progress.best_psnr is None else progress.best_psnr
+        self.calibration.restore(vars(progress.calibration))
+
+    def _take(self, tensors: dict[str, Tensor]) -> None:
         def part(prefix: str) -> dict[str, Tensor]:
-            found = ((k, x) for k, x in checkpoint.tensors.items() if k.startswith(prefix))
-            return {k.removeprefix(prefix): x for k, x in found}
+            return {k.removeprefix(prefix): x for k, x in tensors.items() if k.startswith(prefix)}
 
         self.network.load_state_dict(part("network."))
         self.ema.load_state_dict(part("ema."))
@@ -71,10 +105,6 @@ class Run:
             states.setdefault(int(index), {})[key] = x
         groups = self.optimiser.state_dict()["param_groups"]
         self.optimiser.load_state_dict({"state": states, "param_groups": groups})
-        progress = checkpoint.info["progress"]
-        self.step, self.best_step = checkpoint.step, progress["best_step"]
-        self.best_psnr = -math.inf if progress["best_psnr"] is None else progress["best_psnr"]
-        self.calibration.restore(progress["calibration"])
 
     @torch.no_grad()
     def follow(self, decay: float) -> None:
