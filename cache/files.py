@@ -35,7 +35,8 @@ def atomic_write(path: Path, data: bytes) -> None:
 
     On return file and name are on disk (fsync of both). Raises OSError, leaving no temporary.
     """
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}{TEMPORARY_SUFFIX}")
+    start = os.fsdecode(os.fsencode(path.name)[:200])  # a name has at most 255 bytes
+    temporary = path.with_name(f".{start}.{secrets.token_hex(8)}{TEMPORARY_SUFFIX}")
     try:
         descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
         try:

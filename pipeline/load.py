@@ -73,8 +73,10 @@ def load_predictor(model: str | Path | None = None, *, settings: Given = None) -
 
 
 def _settings(folder: Path, recorded: dict[str, Any], given: Given) -> Settings:
-    """The settings of training, with open ones changed as asked; where it ran does not count."""
-    recorded = {section: fields for section, fields in recorded.items() if section != "run"}
+    """The settings of training, with open ones changed as asked; where it ran, and which photos
+    were too large there, does not count."""
+    recorded = {section: dict(fields) for section, fields in recorded.items() if section != "run"}
+    recorded.get("photo", {}).pop("max_megapixels", None)
     try:
         trained = config.resolve(None, recorded)
     except UsageError as error:

@@ -74,7 +74,7 @@ def precompute(
     """
     started = time.monotonic()
     photos, settings = Path(photos), config.of_store(store, settings, making=True)
-    found = find_photos(photos)
+    found = find_photos(photos, settings.photo.max_megapixels)
     sources = {source.name: source for source in found.photos}
     if not sources:
         raise UsageError(f"no photos found in {photos}{also_there(found.passed_over)}")

@@ -99,7 +99,7 @@ def section_name(section: type[Section]) -> str:
 @dataclass(frozen=True, kw_only=True)
 class PhotoSettings(Section):
     size: int = a_side(512, "photo")  # long side in the store
-    max_megapixels: int = setting(128, "photo", low=1, high=4000)  # larger: refused from the header
+    max_megapixels: int = setting(250, "photo", low=1, high=4000)  # larger: refused from the header
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -253,14 +253,14 @@ def test_existing_outputs_are_skipped_unless_overwritten(model, tmp_path):
 def test_a_name_that_cannot_be_written_fails_alone(model, tmp_path):
     write_png(tmp_path / "in/a.png")
     write_png(tmp_path / "in/b/c.png")
-    long = "n" * 245 + ".png"
+    long = "n" * 251 + ".png"  # as long as a name can be
     write_png(tmp_path / "in" / long)
     write_png(tmp_path / "in/z.png")
     (tmp_path / "out/a.png").mkdir(parents=True)
     (tmp_path / "out/b").write_text("a file where a folder should be")
     report = correct_files([tmp_path / "in"], tmp_path / "out", model=model)
-    assert report.corrected == ["z.png"]
-    assert [name for name, _ in report.failed] == ["a.png", "b/c.png", long]
+    assert report.corrected == [long, "z.png"]
+    assert [name for name, _ in report.failed] == ["a.png", "b/c.png"]
     assert all("cannot write" in reason for _, reason in report.failed)
 
 

@@ -148,6 +148,15 @@ def test_the_images_of_an_hdf5_file_are_photos(tmp_path: Path) -> None:
     assert photo.bit_depth == 16 and (photo.pixels == deep).all()
 
 
+def test_names_of_datasets_bring_no_controls_into_a_folder(tmp_path: Path) -> None:
+    with h5py.File(tmp_path / "images.h5", "w") as file:
+        file["a\x1b]0;evil\x07/\u202egnp\nx"] = noise(20, 30, 3)
+    (photo,) = find_photos(tmp_path / "images.h5").photos
+    assert photo.output_name == "a\\x1b]0;evil\\x07/\\xe2\\x80\\xaegnp\\nx.png"
+    assert photo.name + ".png" == photo.output_name
+    assert decode(photo.read_bytes(), photo.name).pixels.shape == (20, 30, 3)
+
+
 def test_the_bytes_of_an_hdf5_image_tell_shape_and_type(tmp_path: Path) -> None:
     with h5py.File(tmp_path / "images.h5", "w") as file:
         file["wide"], file["tall"] = np.zeros((20, 30), np.uint8), np.zeros((30, 20), np.uint8)

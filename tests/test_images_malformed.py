@@ -35,6 +35,7 @@ from evenlight.cache.errors import PhotoError
 from evenlight.stages.photos.containers import jpeg_segment, png_chunk
 from evenlight.stages.photos.decode import decode
 from evenlight.stages.photos.find import find_photos
+from evenlight.stages.photos.memory import free_memory
 
 GOOD, REFUSED, EITHER = "good", "refused", "either"
 FLIPS = 40  # per base file
@@ -437,6 +438,32 @@ def test_the_limit_is_the_setting_and_not_the_decoders(tmp_path: Path) -> None:
     assert decode(data, "a.png", max_megapixels=2).pixels.shape == (1000, 2000, 3)
     with pytest.raises(PhotoError, match=r"2000 x 1000 .* limit of 1.9 megapixels"):
         decode(data, "a.png", max_megapixels=1.9)
+
+
+def test_a_photo_too_large_for_the_memory_that_is_free_is_refused_from_its_header(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    data = saved(Image.new("RGB", (2000, 1000)), "PNG")
+    monkeypatch.setattr("evenlight.stages.photos.decode.free_memory", lambda: 24 * 10**6)
+    assert decode(data, "a.png").pixels.shape == (1000, 2000, 3)
+    monkeypatch.setattr("evenlight.stages.photos.decode.free_memory", lambda: 24 * 10**6 - 1)
+    with pytest.raises(PhotoError, match=r"2000 x 1000 pixels need 0.0 GB of memory"):
+        decode(data, "a.png")
+
+
+def test_the_memory_of_a_container_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("evenlight.stages.photos.memory._CGROUP", tmp_path)
+    of_machine = free_memory()
+    assert of_machine > 10**8
+    for name, text in {
+        "max": "900000",
+        "current": "500000",
+        "stat": "x 1\ninactive_file 70\n",
+    }.items():
+        (tmp_path / f"memory.{name}").write_text(text)
+    assert free_memory() == 400_070
+    (tmp_path / "memory.max").write_text("max\n")
+    assert free_memory() > 10**8
 
 
 @pytest.mark.filterwarnings("ignore:Corrupt EXIF")

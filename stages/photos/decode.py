@@ -31,6 +31,7 @@ from evenlight.stages.photos.containers import (
 from evenlight.stages.photos.exif import Ifd, read_ifds
 from evenlight.stages.photos.heic import open_heic
 from evenlight.stages.photos.libvips import Opened, open_photo
+from evenlight.stages.photos.memory import free_memory
 from evenlight.stages.photos.metadata import Metadata, read_metadata
 from evenlight.stages.photos.plain import open_array, open_bmp
 
@@ -42,6 +43,7 @@ READABLE = "JPEG, PNG, TIFF, WebP, GIF, BMP, AVIF and HEIC"
 MIN_SIDE = 16  # pixels; nothing smaller has regions
 _MIN_BYTES = 32  # every format needs more
 _MAX_CHANNELS = 16
+_COPIES = 4  # of the samples that are held at once: decoded, corrected, and twice while encoding
 _MANY_SCANS, _MAX_SCANNED = 50, 10**10  # cameras write 10 scans; pixels x scans, some 2 seconds
 _COLOUR_CHANNELS = {"gray": 1, "rgb": 3, "cmyk": 4}
 _HEIC_BRANDS = (b"heic", b"heix", b"hevc", b"hevx", b"heim", b"heis", b"mif1", b"msf1")
@@ -82,14 +84,15 @@ class Photo:
     encoding: Encoding = field(default_factory=Encoding)
 
 
-def decode(data: bytes, name: str, *, max_megapixels: float = 128) -> Photo:
+def decode(data: bytes, name: str, *, max_megapixels: float = 250) -> Photo:
     """Decode one whole photo file, or array from PhotoSource.read_bytes; content decides.
 
     The first page of a TIFF counts, and the first frame of a GIF or AVIF. CMYK becomes sRGB. Notes
     in the metadata say what a copy of the photo will lack.
     Raises PhotoError with a sentence that leaves the name for the caller to add: no photo,
-    truncated, damaged, an animation, above max_megapixels (from the header, before anything is
-    allocated) or under 16 pixels a side. Damage inside a JPEG scan cannot be seen.
+    truncated, damaged, an animation, above max_megapixels or too large for the memory that is free
+    (from the header, before anything is allocated), or under 16 pixels a side. Damage inside a
+    JPEG scan cannot be seen.
     """
     format = _format_of(data, name)
     try:
@@ -147,6 +150,12 @@ def _refuse_size(opened: Opened, max_megapixels: float) -> None:
         raise PhotoError(f"the photo is {size}; each side must be at least {MIN_SIDE}")
     if opened.channels > _MAX_CHANNELS:
         raise PhotoError(f"a photo of {opened.channels} channels; at most {_MAX_CHANNELS} are read")
+    needed = opened.width * opened.height * opened.channels * opened.bits // 8 * _COPIES
+    free = free_memory()
+    if needed > free:
+        raise PhotoError(
+            f"{size} need {needed / 1e9:.1f} GB of memory, and {free / 1e9:.1f} GB are free"
+        )
 
 
 def _refuse_animation(data: bytes, opened: Opened, format: str) -> None:

@@ -2,9 +2,10 @@
 
 import importlib.util
 import io
+import math
 import os
+import re
 import stat
-import unicodedata
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path, PurePath
@@ -26,8 +27,9 @@ _PASSED_OVER = {
     " icns j2c j2k jls jp2 jpf jpx jxl jxr pbm pcx pfm pgm pnm ppm qoi sgi tga wdp xbm xpm",
 }
 _REASONS = {f".{end}": reason for reason, ends in _PASSED_OVER.items() for end in ends.split()}
+_CONTROLS = re.compile("[\0-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 HDF5_SUFFIXES = (".h5", ".hdf5")
-_MAX_BYTES = 2 << 30  # of one file; 128 megapixels of 16-bit RGBA are 1 GiB uncompressed
+_MAX_BYTES = 2 << 30  # of one file; 250 megapixels of 16-bit RGBA are as many uncompressed
 
 HEIC_NEEDED = "reading HEIC needs the extra of that name: pip install 'evenlight[heic]'"
 
@@ -37,7 +39,7 @@ def heic_is_installed() -> bool:
     return importlib.util.find_spec("pillow_heif") is not None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class PhotoSource:
     """Where the bytes of one photo come from.
 
@@ -51,6 +53,7 @@ class PhotoSource:
     path: Path
     output_name: str
     dataset: str | None = None  # of an HDF5 file
+    max_megapixels: float = math.inf  # of a dataset; a larger one is refused from its header
 
     def read_bytes(self) -> bytes:
         """The whole file, or for HDF5 the array in NumPy's .npy format (so that a digest covers
@@ -58,7 +61,7 @@ class PhotoSource:
         if self.dataset is not None:
             from evenlight.stages.photos.hdf5 import read_image  # h5py only where a source is HDF5
 
-            image = read_image(self.path, self.dataset)
+            image = read_image(self.path, self.dataset, self.max_megapixels)
             stream = io.BytesIO()
             np.save(stream, image.astype(image.dtype.newbyteorder("=")), allow_pickle=False)
             return stream.getvalue()
@@ -93,12 +96,13 @@ def also_there(passed_over: list[tuple[str, str]]) -> str:
     return "; passed over: " + ", ".join(f"{n} ({reason})" for reason, n in counts.items())
 
 
-def find_photos(source: Path) -> Found:
+def find_photos(source: Path, max_megapixels: float = math.inf) -> Found:
     """Photos of a file, of a folder and all folders in it, or of an HDF5 file.
 
     In folders, files count as photos, and as pictures to pass over, by suffix (any case); a file
     named itself is always listed.  Links to folders are followed once each.  Files and folders
     that cannot be opened are listed all the same, so that reading them reports them by name.
+    max_megapixels: of one image of an HDF5 file, which has to be read before it can be decoded.
     Raises UsageError when source does not exist or is neither file nor folder.
     """
     try:
@@ -114,21 +118,23 @@ def find_photos(source: Path) -> Found:
     if not stat.S_ISREG(mode):
         raise UsageError(f"{source} is neither a file, a folder nor an HDF5 file of images")
     if source.suffix.lower() in HDF5_SUFFIXES:
-        return Found(_list_hdf5(source))
+        return _find_in_hdf5(source, max_megapixels)
     return Found([PhotoSource(_printable(source.name), source, source.name)])
 
 
-def _list_hdf5(source: Path) -> list[PhotoSource]:
+def _find_in_hdf5(source: Path, max_megapixels: float) -> Found:
     from evenlight.stages.photos.hdf5 import list_images  # h5py only where a source is HDF5
 
-    def output_name(dataset: str) -> str:
-        parts = [part for part in dataset.split("/") if part not in ("", ".", "..")]
-        return "/".join(parts).replace("\0", "_") + ".png"
+    def output_name(name: str) -> str:  # datasets can be called anything
+        parts = [part for part in name.split("/") if part not in ("", ".", "..")]
+        return "/".join(parts) + ".png"
 
-    return [
-        PhotoSource(_printable(name), source, output_name(name), name)
-        for name in list_images(source)
+    names, passed_over = list_images(source)
+    printed = ((name, _printable(name)) for name in names)
+    photos = [
+        PhotoSource(text, source, output_name(text), name, max_megapixels) for name, text in printed
     ]
+    return Found(photos, [(_printable(name), reason) for name, reason in passed_over])
 
 
 def _walk(root: Path, found: Found) -> None:
@@ -191,17 +197,15 @@ def _source(root: Path, path: Path) -> PhotoSource:
 
 def _printable(name: str) -> str:
     """Injective: a backslash of the name itself is doubled."""
+    return without_controls(name.replace("\\", "\\\\"))
 
-    def escape(char: str) -> str:
-        if char == "\\":
-            return "\\\\"
-        if unicodedata.category(char) in ("Cc", "Cs", "Zl", "Zp"):
-            return (
-                char.encode("utf-8", "surrogateescape")
-                .decode("latin-1")
-                .encode("unicode_escape")
-                .decode("ascii")
-            )
-        return char
 
-    return "".join(map(escape, name))
+def without_controls(text: str) -> str:
+    """On one line, and harmless to a terminal: what would move, colour or turn text, and bytes
+    that are not UTF-8, as backslash escapes."""
+    return _CONTROLS.sub(_escaped, text)
+
+
+def _escaped(char: re.Match[str]) -> str:
+    lone = "surrogateescape" if "\udc80" <= char[0] <= "\udcff" else "surrogatepass"
+    return char[0].encode("utf-8", lone).decode("latin-1").encode("unicode_escape").decode("ascii")
