@@ -175,9 +175,9 @@ class UnitRecord:
         """The same input bytes under the same names; outcomes may differ."""
         return [(p.name, p.sha256) for p in self.photos] == [(p.name, p.sha256) for p in photos]
 
-    def array(self, name: str) -> StoredArray | None:
-        """The entry of an array, whichever part it is of."""
-        return next((p.arrays[name] for p in self.parts.values() if name in p.arrays), None)
+    def arrays(self) -> dict[str, StoredArray]:
+        """The entries of all arrays, whichever part they are of."""
+        return {name: one for part in self.parts.values() for name, one in part.arrays.items()}
 
     def to_json(self) -> dict[str, Any]:
         return {"schema": SCHEMA} | dataclasses.asdict(self)

@@ -108,12 +108,6 @@ def about(document: Document) -> dict[str, Any]:
     return dict(document["attributes"][OURS])
 
 
-def same_layout(one: Document, other: Document) -> bool:
-    """Shards of one array can be read as shards of the other: all but their length is equal."""
-    keys = one.keys() - {"shape", "attributes"}
-    return one["shape"][1:] == other["shape"][1:] and all(one[k] == other.get(k) for k in keys)
-
-
 def remove_array(folder: Path) -> None:
     """Delete an array, its document last: a kill on the way leaves it known as ours."""
     for path in sorted(folder.iterdir()):

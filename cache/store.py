@@ -134,8 +134,9 @@ class Store:
     def ensure_arrays(self, specs: Sequence[ArraySpec]) -> None:
         """Make the arrays of the store just these, grown to the index.
 
-        Where the shape or dtype of an array changed, or its part has other arrays now, that
-        part and those after it are first dropped from every unit.
+        Where the shape or dtype of an array changed, units keep what they have of it until it is
+        written anew: their records say what their shards are, so that nothing is lost if the
+        change is taken back.  An array that is not wanted goes once no unit has it.
         """
         size = {"unit_size": self.index.unit_size, "num_slots": self.index.num_slots}
         wanted = {spec.name: shards.array_document(spec, **size) for spec in specs}
@@ -144,10 +145,9 @@ class Store:
             found = self._documents()
             if found == wanted:
                 return
-            self._drop_mismatched(specs)
-            for name, document in found.items():
-                if name not in wanted or not shards.same_layout(document, wanted[name]):
-                    shards.remove_array(self.path / name)
+            held = {name for record in self.records() for name in record.arrays()}
+            for name in found.keys() - wanted.keys() - held:
+                shards.remove_array(self.path / name)
             for name, document in wanted.items():
                 if found.get(name) != document:
                     shards.write_document(self.path / name, document)
@@ -297,10 +297,7 @@ class Store:
         precompute remakes it and the rest.
         """
         damages = [Damage(None, "", "", reason) for reason in records.group_damages(self.path)]
-        arrays = {
-            name for record in self.records() for p in record.parts.values() for name in p.arrays
-        }
-        for name in sorted(arrays):
+        for name in sorted({name for record in self.records() for name in record.arrays()}):
             try:
                 shards.read_document(self.path / name)
             except StoreError as error:
@@ -368,23 +365,11 @@ class Store:
                         documents[folder.name] = document
         return documents
 
-    def _drop_mismatched(self, specs: Sequence[ArraySpec]) -> None:
-        wanted: dict[str, dict[str, tuple[tuple[int, ...], str]]] = {p: {} for p in schema.PARTS}
-        for spec in specs:
-            wanted[spec.part][spec.name] = (spec.shape, spec.dtype)
-        for record in self.records():
-            for part in schema.PARTS:
-                if part in record.parts:
-                    arrays = record.parts[part].arrays
-                    if {k: (v.shape, v.dtype) for k, v in arrays.items()} != wanted[part]:
-                        records.write_record(self.path, record.without(part))
-                        break
-
     def _write_arrays(
         self, unit: int, part: str, arrays: Mapping[str, np.ndarray]
     ) -> dict[str, StoredArray]:
         documents = {k: d for k, d in self._documents().items() if shards.about(d)["part"] == part}
-        assert set(arrays) == set(documents), (part, sorted(arrays), sorted(documents))
+        assert set(arrays) <= set(documents), (part, sorted(arrays), sorted(documents))
         stored = {}
         for name, rows in arrays.items():
             shape = (self.index.unit_size, *documents[name]["shape"][1:])
@@ -407,7 +392,7 @@ class Store:
     def _check(self, unit: int, name: str, reader: shards.ArrayReader) -> None:
         try:
             record = records.read_record(self.path, unit, self.index.unit_size)
-            stored = record.array(name)
+            stored = record.arrays().get(name)
             if stored is None:
                 raise StoreError(f"array {name!r} of unit {unit} is not made yet")
             num_slots, *shape = reader.shape

@@ -1,5 +1,6 @@
 """The judge of a store: the tuned one where there is any, else the one that ships for its CLIP."""
 
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,8 @@ from evenlight.stages.priors.clip import load_clip
 from evenlight.stages.priors.judge import Judge
 from evenlight.stages.priors.protocols import ClipModel
 from evenlight.stages.settings import Settings
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,8 +56,8 @@ class TuneReport:
 
 
 def store_judge(store: Store, clip: ClipModel | None) -> Judge:
-    """The judge of a store.  With clip given, an untuned one, or one of another CLIP, gives way to
-    the judge that ships for this CLIP.
+    """The judge of a store.  With clip given, an untuned one, or one of another CLIP, is passed
+    over for the judge that ships for this CLIP; `keep_judge` then puts that in force.
 
     Raises StoreError where the judge is damaged, or missing though pseudo-GT was made by it, or
     where there is none and no clip to choose one for.
@@ -68,10 +71,20 @@ def store_judge(store: Store, clip: ClipModel | None) -> Judge:
         raise StoreError(
             f"store {store.path} has no judge: run 'evenlight precompute' to give it one"
         )
-    shipped = Judge.shipped(clip)
-    if found is None or found[1].fingerprint != shipped.fingerprint:
-        write_judge(store, shipped, clip, tuned=False)
-    return shipped
+    return Judge.shipped(clip)
+
+
+def keep_judge(store: Store, judge: Judge, clip: ClipModel) -> None:
+    """Put what `store_judge` chose in force, where it is not; tells of a tuned one that gives way."""
+    found = _noted(store)
+    if found is None or found[1].fingerprint != judge.fingerprint:
+        if found is not None and found[0].tuned:
+            log.warning(
+                "the judge of store %s was tuned for another CLIP: the one that ships takes its "
+                "place ('evenlight tune-clip' tunes it)",
+                store.path,
+            )
+        write_judge(store, judge, clip, tuned=False)
 
 
 def tune_clip(

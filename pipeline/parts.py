@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from evenlight.cache.errors import PhotoError
 from evenlight.cache.schema import ArraySpec
 from evenlight.pipeline.models import Models
 from evenlight.stages.corrector.inputs import rule_corrected
@@ -27,6 +28,7 @@ from evenlight.stages.settings import Settings
 
 Arrays = dict[str, np.ndarray]
 JUDGE = "judge"  # the note that holds it (pipeline/judge.py)
+FLAT = 8  # of 255: a photo that spreads no further may come out as one colour
 FILE = "file"  # what the first part reads: no array, but the photo's name and bytes
 
 
@@ -155,7 +157,15 @@ def _embeddings(have: Mapping[str, Any], tools: Tools) -> Arrays:
 
 
 def _pseudo_gt(have: Mapping[str, Any], tools: Tools) -> Arrays:
-    return choose(have["photo"], have["regions"], dict(have), tools.judge, tools.settings)
+    made = choose(have["photo"], have["regions"], dict(have), tools.judge, tools.settings)
+    if _spread(made["pseudo_gt"]) == 0 and _spread(have["photo"]) > FLAT:
+        raise PhotoError("its pseudo-ground-truth came out as one colour: a model's fault")
+    return made
+
+
+def _spread(rgb_HW3: np.ndarray) -> int:
+    """Largest difference of two pixels in one channel."""
+    return int(np.ptp(rgb_HW3, axis=(0, 1)).max())
 
 
 PARTS = (

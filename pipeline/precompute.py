@@ -20,7 +20,7 @@ from evenlight.cache.store import Store
 from evenlight.pipeline import config, schedule
 from evenlight.pipeline.config import Given
 from evenlight.pipeline.console import Progress, silent
-from evenlight.pipeline.judge import store_judge
+from evenlight.pipeline.judge import keep_judge, store_judge
 from evenlight.pipeline.models import Models, load_models
 from evenlight.pipeline.parts import FILE, PART, PARTS, Tools, sizes
 from evenlight.pipeline.plan import UnitPlan, made_by, part_fingerprint, plan_unit
@@ -94,6 +94,7 @@ def precompute(
         _refuse_without_files(target, plans, sources, photos)
         target.write_index(dataclasses.replace(index, source=str(photos.absolute())))
         target.ensure_arrays([spec for part in PARTS for spec in part.specs(sides)])
+        keep_judge(target, tools.judge, models.clip)
         _forget_round(target)
         plans = _plans(target, index, absent | digests, tools)
         todo = [plan for plan in plans if plan.todo and not _without_files(plan, sources)]

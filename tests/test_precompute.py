@@ -389,6 +389,72 @@ def test_failed_photos_are_tried_again_where_asked_and_only_the_part_that_failed
     assert precompute(photos, store, settings=again, models=toys()).units_made == 0
 
 
+def test_a_pseudo_gt_of_one_colour_is_a_failure_unless_the_photo_is_flat(
+    photos, tmp_path, monkeypatch
+):
+    from PIL import Image
+
+    from evenlight.pipeline import parts
+
+    choose = parts.choose
+
+    def all_black(photo, *args):
+        made = choose(photo, *args)
+        return made | {"pseudo_gt": np.zeros_like(made["pseudo_gt"])}
+
+    monkeypatch.setattr(parts, "choose", all_black)
+    folder = shutil.copytree(photos, tmp_path / "photos")
+    Image.new("RGB", (64, 48), (40, 40, 40)).save(folder / "flat.png")
+    report = precompute(folder, tmp_path / "S", settings=SETTINGS, models=toys())
+    assert [name for name, _ in report.failed] == sorted(p.name for p in photos.iterdir())
+    assert {reason for _, reason in report.failed} == {
+        "its pseudo-ground-truth came out as one colour: a model's fault"
+    }
+
+
+def complete(store) -> int:
+    return sum(record.complete for record in records(store))
+
+
+@pytest.mark.parametrize("change", ["photo.size=96", "ladder.regions=5", "ladder.offsets=[-1,0,1]"])
+def test_a_change_of_layout_that_is_stopped_costs_the_unit_in_hand_and_may_be_taken_back(
+    change, photos, finished, tmp_path
+):
+    def stop(what, done, _):
+        if what == "photos":
+            raise KeyboardInterrupt
+
+    store = copy(finished, tmp_path)
+    changed = config.build(overrides=[*SMALL, change])
+    with pytest.raises(KeyboardInterrupt):
+        precompute(photos, store, settings=changed, models=toys(), on_progress=stop)
+    assert complete(store) == 3
+    assert precompute(photos, store, settings=SETTINGS, models=toys()).units_made == 1
+    assert digest(store) == finished[1]
+    assert precompute(photos, store, settings=changed, models=toys()).units_made == 3
+    fresh = tmp_path / "fresh"
+    precompute(photos, fresh, settings=changed, models=toys())
+    assert digest(store) == digest(fresh)
+
+
+def test_a_tuned_judge_stays_until_another_clip_is_used(photos, finished, tmp_path, caplog):
+    store = copy(finished, tmp_path)
+    other = Scorer(np_tensor([[0.9, 0.1, 0], [0, 1, 0], [-1, 0, 0]]), 0.05)
+    tuned = Judge.shipped(ToyClip()).changed("prompts", other.to_tensors())
+    with Store.create_or_open(store) as opened:
+        write_judge(opened, tuned, ToyClip(), tuned=True)
+    larger = config.build(overrides=[*SMALL, "photo.size=96"])
+    more = moved_photos(photos, tmp_path / "more", {"photo_000.png": "a.png"})
+    with pytest.raises(UsageError, match="--prune"):
+        precompute(more, store, settings=larger, models=toys(clip=1))
+    with Store.open(store) as opened:
+        assert store_judge(opened, None).fingerprint == tuned.fingerprint
+    precompute(photos, store, settings=SETTINGS, models=toys(clip=1))
+    assert "was tuned for another CLIP" in caplog.text
+    with Store.open(store) as opened:
+        assert store_judge(opened, None).fingerprint != tuned.fingerprint
+
+
 def test_settings_become_the_stores_own_only_once_a_unit_is_made_with_them(
     photos, finished, tmp_path
 ):

@@ -165,7 +165,7 @@ def test_entries_equal_to_fill_are_stored_so_that_empty_never_looks_like_lost(pa
         }
         blank["pseudo_gt"][1]["strength"][:] = np.nan
         record = store.write_parts(0, photos_of(store, 0), blank)
-        assert (path / "photo" / "c.0.0.0.0").stat().st_size == record.array("photo").bytes > 0
+        assert (path / "photo" / "c.0.0.0.0").stat().st_size == record.arrays()["photo"].bytes > 0
         assert not store.read(0, ["photo"])["photo"].any()
         assert np.isnan(store.read(0, ["strength"])["strength"]).all()
 
@@ -236,24 +236,37 @@ def test_a_photo_may_fail_in_a_later_part_without_the_earlier_ones_made_anew(pat
 
 
 @pytest.mark.parametrize("change", [{"dtype": "uint16"}, {"shape": (3, 3)}])
-def test_an_array_of_another_kind_drops_its_part_and_keeps_those_before(path, change):
+def test_an_array_of_another_kind_is_remade_unit_by_unit_and_may_be_taken_back(path, change):
     specs = [dataclasses.replace(s, **change) if s.name == "regions" else s for s in SPECS]
     with Store.create_or_open(path) as store:
+        digest = store.digest()
         store.ensure_arrays(specs)
-        for record in store.records():
-            assert list(record.parts) == ["photo"]
-        assert [p.name for p in (path / "regions").iterdir()] == ["zarr.json"]
+        with pytest.raises(StoreError, match=r"'regions' of unit 0 is uint8 .*zarr\.json is of"):
+            store.read(0, ["regions"])
+        store.ensure_arrays(SPECS)
+        assert store.digest() == digest and store.verify() == []
+        np.testing.assert_array_equal(store.read(0, ["regions"])["regions"], rows(SPECS[2], 0))
+        store.ensure_arrays(specs)
+        store.write_parts(1, photos_of(store, 1), data(PARTS[1:], 1, "2", specs))
+        store.ensure_arrays(SPECS)  # the change is taken back: what was not remade is as it was
+        assert store.record(0).complete and store.verify() == []
+        np.testing.assert_array_equal(store.read(2, ["regions"])["regions"], rows(SPECS[2], 2))
+        store.ensure_arrays(specs)
         for unit in range(3):
             parts = data(PARTS[1:], unit, specs=specs)
             assert store.write_parts(unit, photos_of(store, unit), parts).complete
         assert store.verify() == []
 
 
-def test_an_array_that_is_no_longer_wanted_goes_with_its_part(path):
+def test_an_array_that_is_no_longer_wanted_goes_once_no_unit_has_it(path):
+    fewer = [spec for spec in SPECS if spec.name != "extent"]
     with Store.create_or_open(path) as store:
-        store.ensure_arrays([spec for spec in SPECS if spec.name != "extent"])
-        assert not (path / "extent").exists()
-        assert all(not record.parts for record in store.records())
+        for unit in range(3):
+            store.ensure_arrays(fewer)
+            assert (path / "extent").exists() and store.record(unit).complete
+            store.write_parts(unit, photos_of(store, unit), data(version="2", specs=fewer))
+        store.ensure_arrays(fewer)
+        assert not (path / "extent").exists() and store.verify() == []
 
 
 def test_new_photos_grow_the_arrays_and_leave_whole_units_alone(path):

@@ -19,6 +19,7 @@ from toy_store import (
     RETYPED,
     SPECS,
     UNIT,
+    complete_units,
     precompute,
     resume_and_check,
     whole_parts,
@@ -31,7 +32,7 @@ pytestmark = pytest.mark.slow
 RUNS = {
     "new store": {"names": NAMES, "versions": FIRST, "specs": SPECS},
     "stale parts": {"names": CHANGED_NAMES, "versions": CHANGED, "specs": SPECS},
-    "other dtype": {"names": NAMES, "versions": FIRST, "specs": RETYPED},
+    "other dtype": {"names": NAMES, "versions": CHANGED, "specs": RETYPED},
 }
 
 
@@ -120,6 +121,8 @@ def test_a_kill_at_any_io_point_costs_at_most_the_unit_in_hand(trial, folder, mo
         if status == 0:
             break
         assert status == 137
+        if before.exists():
+            assert complete_units(path) >= complete_units(before) - 1
         resume_and_check(path, run, expected, made)
     assert 60 < number < 1000  # every I/O call of the run was a trial
 
@@ -141,7 +144,7 @@ def test_a_kill_at_a_random_time_and_again_in_the_resume_ends_in_the_same_store(
             time.sleep(generator.uniform(0, duration))
             os.kill(pid, signal.SIGKILL)
             os.waitpid(pid, 0)
-            now = whole_parts(path, run["names"], run["versions"], run["specs"])
+            now = whole_parts(path, **run)
             assert whole <= now  # progress never goes back
             whole = now
         resume_and_check(path, run, expected, made)
