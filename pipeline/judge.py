@@ -75,7 +75,7 @@ def store_judge(store: Store, clip: ClipModel | None) -> Judge:
 
 
 def keep_judge(store: Store, judge: Judge, clip: ClipModel) -> None:
-    """Put what `store_judge` chose in force, where it is not; tells of a tuned one that gives way."""
+    """Put what `store_judge` chose in force, and tell of a tuned one that gives way."""
     found = _noted(store)
     if found is None or found[1].fingerprint != judge.fingerprint:
         if found is not None and found[0].tuned:
