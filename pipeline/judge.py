@@ -9,12 +9,11 @@ from typing import Any
 import numpy as np
 
 from evenlight.cache.errors import StoreError
-from evenlight.cache.files import checked
 from evenlight.cache.store import Store
 from evenlight.pipeline import config
 from evenlight.pipeline.config import Given
 from evenlight.pipeline.models import read_judge
-from evenlight.pipeline.parts import JUDGE, TUNING
+from evenlight.pipeline.parts import JUDGE, NEW_JUDGE, TUNING, AboutJudge, judge_note
 from evenlight.stages.priors import judge_tuning, prompts
 from evenlight.stages.priors.clip import load_clip
 from evenlight.stages.priors.judge import Judge
@@ -62,7 +61,7 @@ def store_judge(store: Store, clip: ClipModel | None) -> Judge:
     Raises StoreError where the judge is damaged, or missing though pseudo-GT was made by it, or
     where there is none and no clip to choose one for.
     """
-    found = _noted(store)
+    found = noted(store)
     if found is not None:
         about, judge = found
         if clip is None or (about.clip == clip.fingerprint and about.tuned):
@@ -76,7 +75,7 @@ def store_judge(store: Store, clip: ClipModel | None) -> Judge:
 
 def keep_judge(store: Store, judge: Judge, clip: ClipModel) -> None:
     """Put what `store_judge` chose in force, and tell of a tuned one that gives way."""
-    found = _noted(store)
+    found = noted(store)
     if found is None or found[1].fingerprint != judge.fingerprint:
         if found is not None and found[0].tuned:
             log.warning(
@@ -119,42 +118,23 @@ def tune_clip(
     )
 
 
-def judge_info(store: Store) -> dict[str, Any]:
-    """Which judge a store holds: its fingerprint, whether tuned, for which CLIP."""
-    found = _noted(store)
-    if found is None:
-        return {"fingerprint": "", "tuned": False, "clip": ""}
-    about, judge = found
-    return {"fingerprint": judge.fingerprint, "tuned": about.tuned, "clip": about.clip}
-
-
 def write_judge(store: Store, judge: Judge, clip: ClipModel, *, tuned: bool) -> None:
     """Put a judge in force.  clip: the one whose embeddings it reads."""
     tensors = {f"tensor {name}": tensor.numpy() for name, tensor in judge.tensors.items()}
     store.write_note(JUDGE, {"clip": clip.fingerprint, "tuned": tuned, **tensors})
 
 
-@dataclass(frozen=True)
-class _About:
-    """What the note says of the judge beside its tensors."""
-
-    clip: str  # fingerprint of the one whose embeddings it reads
-    tuned: bool
-
-
-def _noted(store: Store) -> tuple[_About, Judge] | None:
+def noted(store: Store) -> tuple[AboutJudge, Judge] | None:
+    """The judge that a store holds, if any.  Raises StoreError where it is damaged or none."""
     note = store.note(JUDGE)
     if note is None:
         return None
     where = f"the judge of store {store.path}"
-    tensors = {key.removeprefix("tensor "): x for key, x in note.items() if "tensor " in key}
+    about, tensors = judge_note(note, where)
     try:
-        return checked(_About, note, where), read_judge(tensors, where)
+        return about, read_judge(tensors, where)
     except StoreError as error:
-        raise StoreError(
-            f"{error}: 'evenlight cache verify --repair', then 'evenlight precompute', give it the "
-            "one that ships"
-        ) from error
+        raise StoreError(f"{error}: {NEW_JUDGE}") from error
 
 
 def _tuning_rows(store: Store) -> dict[str, np.ndarray]:

@@ -1,24 +1,26 @@
-"""The frozen models a command needs, loaded once per process."""
+"""The frozen models a command needs, loaded once per process, and what they are known by.
+
+torch and what is built on it are imported where a model is loaded: `cache info` loads none.
+"""
 
 import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from evenlight.cache.errors import EnvironmentLacks, StoreError, one_line
-from evenlight.stages.priors.clip import load_clip
-from evenlight.stages.priors.fastsam import load_segmenter
-from evenlight.stages.priors.judge import Judge
-from evenlight.stages.priors.protocols import ClipModel, Segmenter
+from evenlight.stages.priors import fingerprints
 from evenlight.stages.settings import ClipSettings, RegionSettings, Settings
+
+if TYPE_CHECKING:
+    from evenlight.stages.priors.judge import Judge
+    from evenlight.stages.priors.protocols import ClipModel, Segmenter
 
 
 @dataclass(frozen=True)
 class Models:
-    segmenter: Segmenter
-    clip: ClipModel
+    segmenter: "Segmenter"
+    clip: "ClipModel"
 
 
 def load_models(settings: Settings) -> Models:
@@ -36,8 +38,26 @@ def priors_of(models: Models, judge: str) -> dict[str, str]:
     }
 
 
-def read_judge(tensors: Mapping[str, Any], where: str) -> Judge:
+def priors_named(settings: Settings, judge: str) -> dict[str, str]:
+    """The same, of the models that settings name, which are not loaded (but models of open_clip).
+
+    Raises EnvironmentLacks where weights are missing.
+    """
+    return {
+        "segmenter": fingerprints.of_segmenter(settings.regions),
+        "clip": fingerprints.of_shipped_clip(settings.clip)
+        if settings.clip.model == fingerprints.SHIPPED_CLIP
+        else _clip(settings.clip, "cpu").fingerprint,
+        "judge": judge,
+    }
+
+
+def read_judge(tensors: Mapping[str, Any], where: str) -> "Judge":
     """The judge of arrays that were read back.  Raises StoreError where they make none."""
+    import torch
+
+    from evenlight.stages.priors.judge import Judge
+
     try:
         judge = Judge({name: torch.as_tensor(x).float() for name, x in tensors.items()})
         assert all(bool(x.isfinite().all()) for x in judge.tensors.values()), "NaN or infinity"
@@ -48,6 +68,8 @@ def read_judge(tensors: Mapping[str, Any], where: str) -> Judge:
 
 def choose_device(name: str) -> str:
     """ "auto" becomes cuda where there is one, else cpu."""
+    import torch
+
     if name == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     if name.startswith("cuda") and not torch.cuda.is_available():
@@ -56,10 +78,14 @@ def choose_device(name: str) -> str:
 
 
 @functools.lru_cache(maxsize=2)
-def _segmenter(settings: RegionSettings, device: str) -> Segmenter:
+def _segmenter(settings: RegionSettings, device: str) -> "Segmenter":
+    from evenlight.stages.priors.fastsam import load_segmenter
+
     return load_segmenter(settings, device)
 
 
 @functools.lru_cache(maxsize=2)
-def _clip(settings: ClipSettings, device: str) -> ClipModel:
+def _clip(settings: ClipSettings, device: str) -> "ClipModel":
+    from evenlight.stages.priors.clip import load_clip
+
     return load_clip(settings, device)

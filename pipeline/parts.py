@@ -1,7 +1,8 @@
 """The parts of a store: ONE table of what each holds, what it reads, and what makes it.
 
 Planning, reading, placing, `cache info` and the table in docs/architecture.md follow from it: a new
-array, or another maker, is a change of rows here.
+array, or another maker, is a change of rows here.  Makers import what they run, so that who only
+reads the table, as `cache info`, waits for no torch.
 """
 
 # S side of the canvas, K rungs, L the photo and its rungs, R regions, C P3, D embedding, T tones,
@@ -9,25 +10,25 @@ array, or another maker, is a change of rows here.
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from evenlight.cache.errors import PhotoError
+from evenlight.cache.errors import PhotoError, StoreError, one_line
+from evenlight.cache.files import checked
 from evenlight.cache.schema import ArraySpec
 from evenlight.pipeline.models import Models
-from evenlight.stages.corrector.inputs import rule_corrected
-from evenlight.stages.photos.canvas import place
-from evenlight.stages.photos.decode import decode
-from evenlight.stages.photos.visible import visible
-from evenlight.stages.priors import judge as judging
-from evenlight.stages.priors.judge import Judge
-from evenlight.stages.priors.ladder import embed_photo
-from evenlight.stages.priors.pseudo_gt import choose
+from evenlight.stages.priors import tones
 from evenlight.stages.settings import Settings
+
+if TYPE_CHECKING:
+    from evenlight.stages.priors.judge import Judge
 
 Arrays = dict[str, np.ndarray]
 JUDGE = "judge"  # the note that holds it (pipeline/judge.py)
+NEW_JUDGE = (
+    "'evenlight cache verify --repair', then 'evenlight precompute', give it the one that ships"
+)
 FLAT = 8  # of 255: a photo that spreads no further may come out as one colour
 FILE = "file"  # what the first part reads: no array, but the photo's name and bytes
 
@@ -38,7 +39,7 @@ class Tools:
 
     settings: Settings
     models: Models | None
-    judge: Judge
+    judge: "Judge"
 
 
 @dataclass(frozen=True)
@@ -132,12 +133,16 @@ def sizes(settings: Settings, models: Models | None = None) -> dict[str, int]:
         "K": len(ladder.offsets),
         "L": 1 + len(ladder.offsets),
         "R": ladder.regions,
-        "T": judging.NUM_TONES,
-        "B": len(judging.STRENGTHS),
+        "T": tones.NUM_TONES,
+        "B": len(tones.STRENGTHS),
     } | ({"C": models.segmenter.p3_channels, "D": models.clip.dim} if models else {})
 
 
 def _photo(have: Mapping[str, Any], tools: Tools) -> Arrays:
+    from evenlight.stages.photos.canvas import place
+    from evenlight.stages.photos.decode import decode
+    from evenlight.stages.photos.visible import visible
+
     settings = tools.settings.photo
     name, data = have[FILE]
     decoded = decode(data, name, max_megapixels=settings.max_megapixels)
@@ -146,17 +151,23 @@ def _photo(have: Mapping[str, Any], tools: Tools) -> Arrays:
 
 
 def _regions(have: Mapping[str, Any], tools: Tools) -> Arrays:
+    from evenlight.stages.corrector.inputs import rule_corrected
+
     assert tools.models is not None
     regions = tools.models.segmenter.segment(rule_corrected(have["photo"]))
     return {"regions": regions.labels, "proto": regions.proto, "p3": regions.p3}
 
 
 def _embeddings(have: Mapping[str, Any], tools: Tools) -> Arrays:
+    from evenlight.stages.priors.ladder import embed_photo
+
     assert tools.models is not None
     return embed_photo(have["photo"], have["regions"], tools.models.clip, tools.settings.ladder)
 
 
 def _pseudo_gt(have: Mapping[str, Any], tools: Tools) -> Arrays:
+    from evenlight.stages.priors.pseudo_gt import choose
+
     made = choose(have["photo"], have["regions"], dict(have), tools.judge, tools.settings)
     if _spread(made["pseudo_gt"]) == 0 and _spread(have["photo"]) > FLAT:
         raise PhotoError("its pseudo-ground-truth came out as one colour: a model's fault")
@@ -216,3 +227,26 @@ TUNING = ("clip_photo", "clip_ladder", "tones", "rule_strength", "mean_luma", "c
 def cut(rows: Mapping[str, np.ndarray], row: int, names: Sequence[str]) -> Arrays:
     """Arrays of one photo of a unit, maps cut to its extent.  rows: of the unit, "extent" too."""
     return {name: ARRAY[name].cut(rows[name][row, ...], rows["extent"][row]) for name in names}
+
+
+@dataclass(frozen=True)
+class AboutJudge:
+    """What the note says of a judge beside its tensors."""
+
+    clip: str  # fingerprint of the one whose embeddings it reads
+    tuned: bool
+
+
+def judge_note(note: Mapping[str, Any], where: str) -> tuple[AboutJudge, Arrays]:
+    """The note that holds a judge: what it says, and the tensors by name, float32.
+
+    where: what is read, for people.  Raises StoreError where it holds something else.
+    """
+    prefix = "tensor "
+    try:
+        about = checked(AboutJudge, note, where)
+        named = {k.removeprefix(prefix): x for k, x in note.items() if k.startswith(prefix)}
+        with np.errstate(over="raise"):
+            return about, {name: np.asarray(x, np.float32) for name, x in named.items()}
+    except (StoreError, TypeError, ValueError, ArithmeticError) as error:
+        raise StoreError(f"{where} cannot be used ({one_line(error)}): {NEW_JUDGE}") from error

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from evenlight.cache.schema import FAILED, SCHEMA, PhotoRecord, UnitRecord, fingerprint
 from evenlight.cache.store import Store
 from evenlight.pipeline.config import values_affecting
-from evenlight.pipeline.models import Models
 from evenlight.pipeline.parts import PARTS
 from evenlight.stages.settings import Settings
 
@@ -64,14 +63,9 @@ def plan_unit(
     return UnitPlan(unit=unit, photos=photos, fingerprints=wanted, todo=todo, reason=reason)
 
 
-def made_by(models: Models, judge: str) -> dict[str, str]:
-    """part -> fingerprint of what makes it.  judge: its fingerprint."""
-    makers = {
-        "segmenter": models.segmenter.fingerprint,
-        "clip": models.clip.fingerprint,
-        "judge": judge,
-    }
-    return {part.name: makers[part.by] for part in PARTS if part.by}
+def made_by(priors: Mapping[str, str]) -> dict[str, str]:
+    """part -> fingerprint of what makes it.  priors: as models.priors_of gives them."""
+    return {part.name: priors[part.by] for part in PARTS if part.by}
 
 
 def recorded_plans(

@@ -21,7 +21,7 @@ from evenlight.pipeline import config, schedule
 from evenlight.pipeline.config import Given
 from evenlight.pipeline.console import Progress, silent
 from evenlight.pipeline.judge import keep_judge, store_judge
-from evenlight.pipeline.models import Models, load_models
+from evenlight.pipeline.models import Models, load_models, priors_of
 from evenlight.pipeline.parts import FILE, PART, PARTS, Tools, sizes
 from evenlight.pipeline.plan import UnitPlan, made_by, part_fingerprint, plan_unit
 from evenlight.pipeline.units import (
@@ -233,7 +233,7 @@ def _record_settings(store: Store, settings: Settings) -> None:
 def _plans(store: Store, index: Index, digests: Mapping[str, str], tools: Tools) -> list[UnitPlan]:
     """The plan of every unit of the store under this index."""
     assert tools.models is not None
-    makers = made_by(tools.models, tools.judge.fingerprint)
+    makers = made_by(priors_of(tools.models, tools.judge.fingerprint))
     plans = []
     for unit in range(index.num_units):
         photos = tuple(

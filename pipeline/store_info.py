@@ -7,10 +7,10 @@ from evenlight.cache.errors import EnvironmentLacks, StoreError
 from evenlight.cache.schema import Damage
 from evenlight.cache.store import Store
 from evenlight.pipeline.config import Given, known, resolve
-from evenlight.pipeline.judge import judge_info
-from evenlight.pipeline.models import load_models
-from evenlight.pipeline.parts import JUDGE, PARTS, sizes
+from evenlight.pipeline.models import priors_named
+from evenlight.pipeline.parts import JUDGE, PARTS, judge_note, sizes
 from evenlight.pipeline.plan import made_by, recorded_plans
+from evenlight.stages.priors.fingerprints import of_judge
 
 
 def cache_info(store: str | Path, *, settings: Given = None) -> dict[str, Any]:
@@ -27,9 +27,9 @@ def cache_info(store: str | Path, *, settings: Given = None) -> dict[str, Any]:
         for part in PARTS:
             arrays = {array.name: array.describe(letters) for array in part.arrays}
             info["parts"][part.name] |= {"reads": list(part.reads), "arrays": arrays}
-        info["judge"] = judge_info(source)
+        info["judge"] = _judge(source)
         try:
-            makers = made_by(load_models(settings), info["judge"]["fingerprint"])
+            makers = made_by(priors_named(settings, info["judge"]["fingerprint"]))
         except EnvironmentLacks as error:
             info["stale"] = f"unknown: {error}"
         else:
@@ -41,12 +41,14 @@ def cache_info(store: str | Path, *, settings: Given = None) -> dict[str, Any]:
 def cache_verify(store: str | Path, *, repair: bool = False) -> list[Damage]:
     """Check every stored byte against its record.  repair: forget damaged parts, and
     damaged notes with the parts made by them, so that `evenlight precompute` remakes just those."""
+    from evenlight.pipeline.judge import noted  # torch: only to see that it is a judge
+
     opened = Store.create_or_open(store) if repair and Path(store).is_dir() else Store.open(store)
     with opened as source:
         damages = source.verify()
         if not any(damage.note == JUDGE for damage in damages):
             try:
-                judge_info(source)
+                noted(source)
             except StoreError as error:  # whole, and yet no judge
                 damages.append(Damage(None, "", "", str(error), note=JUDGE))
         if repair:
@@ -56,3 +58,12 @@ def cache_verify(store: str | Path, *, repair: bool = False) -> list[Damage]:
                 elif damage.unit is not None and damage.part:
                     source.drop(damage.unit, damage.part)
     return damages
+
+
+def _judge(store: Store) -> dict[str, Any]:
+    """Which judge a store holds: its fingerprint, whether tuned, for which CLIP."""
+    note = store.note(JUDGE)
+    if note is None:
+        return {"fingerprint": "", "tuned": False, "clip": ""}
+    about, tensors = judge_note(note, f"the judge of store {store.path}")
+    return {"fingerprint": of_judge(tensors), "tuned": about.tuned, "clip": about.clip}

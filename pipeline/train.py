@@ -78,7 +78,7 @@ def refuse_stale(store: Store, settings: Settings, models: Models, judge: str) -
     """Raise StoreError unless every unit is complete and made with these settings and models."""
     if not store.index.num_units:
         raise StoreError(f"store {store.path} holds no photos: run 'evenlight precompute' first")
-    for plan in recorded_plans(store, settings, made_by(models, judge)):
+    for plan in recorded_plans(store, settings, made_by(priors_of(models, judge))):
         if plan.todo:
             cure = "regenerate" if plan.todo == ("pseudo_gt",) else "precompute"
             raise StoreError(

@@ -9,7 +9,7 @@ import evenlight
 from evenlight.cache.errors import StoreError, UsageError
 from evenlight.cache.store import Store
 from evenlight.pipeline import config
-from evenlight.pipeline.models import Models
+from evenlight.pipeline.models import Models, priors_of
 from evenlight.pipeline.store_info import cache_info
 from evenlight.stages.settings import Settings
 
@@ -18,11 +18,10 @@ SMALL = {"photo.size": 64, "run.unit_size": 2, "ladder.regions": 3}
 
 @pytest.fixture(autouse=True)
 def toys(monkeypatch):
-    def load(settings):
-        return Models(ToySegmenter(), ToyClip())
-
-    for module in ("precompute", "store_info"):
-        monkeypatch.setattr(f"evenlight.pipeline.{module}.load_models", load)
+    models = Models(ToySegmenter(), ToyClip())
+    monkeypatch.setattr("evenlight.pipeline.precompute.load_models", lambda settings: models)
+    named = "evenlight.pipeline.store_info.priors_named"
+    monkeypatch.setattr(named, lambda settings, judge: priors_of(models, judge))
 
 
 @pytest.fixture

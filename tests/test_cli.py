@@ -21,7 +21,7 @@ from evenlight.cache.errors import EvenlightError, StoreError
 from evenlight.cache.store import Store
 from evenlight.pipeline import config
 from evenlight.pipeline.doctor import doctor
-from evenlight.pipeline.models import Models
+from evenlight.pipeline.models import Models, priors_of
 from evenlight.pipeline.precompute import precompute
 from evenlight.pipeline.store_info import cache_verify
 from evenlight.stages.corrector.training import NonFinite
@@ -63,8 +63,10 @@ def store(tmp_path):
 
 @pytest.fixture
 def toy_loaders(monkeypatch):
-    for module in ("precompute", "load", "store_info"):
+    for module in ("precompute", "load"):
         monkeypatch.setattr(f"evenlight.pipeline.{module}.load_models", toys)
+    named = "evenlight.pipeline.store_info.priors_named"
+    monkeypatch.setattr(named, lambda settings, judge: priors_of(toys(), judge))
 
 
 def surface() -> dict[str, set[str]]:
@@ -347,7 +349,7 @@ torch.set_num_threads(1)
 from toys import ToyClip, ToySegmenter
 from evenlight import cli
 from evenlight.pipeline import precompute
-from evenlight.pipeline.models import Models
+from evenlight.pipeline.models import Models, priors_of
 
 class Slow(ToySegmenter):
     def segment(self, photo):

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from evenlight.cache.errors import EnvironmentLacks, UsageError
 from evenlight.stages import weights
-from evenlight.stages.priors import clip as clip_module
+from evenlight.stages.priors import open_clip_models
 from evenlight.stages.priors.clip import Clip, load_clip
 from evenlight.stages.settings import ClipSettings
 
@@ -72,7 +72,7 @@ def test_gradient_reaches_the_photo_and_not_the_model(shipped: Clip) -> None:
     shipped.embed(photo)[:, 0].sum().backward()
     assert photo.grad is not None and photo.grad.isfinite().all()
     assert (photo.grad != 0).any(dim=(1, 2, 3)).all()
-    assert not any(p.requires_grad for p in shipped._model.parameters())
+    assert not any(p.requires_grad for p in shipped._image.parameters())
 
 
 def test_same_embedding_with_and_without_gradient(shipped: Clip) -> None:
@@ -104,6 +104,31 @@ def test_shipped_clip_orders_exposures_in_seen_and_unseen_wordings(shipped: Clip
             within = d[:7]  # beyond two stops too bright it levels off (its card says so)
             assert (within.diff() > 0).sum() >= 5, (under, d)  # of 6
             assert d[0] < 0 < d[-1], (under, d)
+
+
+def test_the_tower_of_its_own_agrees_with_that_of_open_clip(shipped: Clip) -> None:
+    batch = torch.rand(3, 3, 160, 160)
+    theirs = open_clip_models.shipped_words(weights.shipped("clip-lite0"), "cpu").model
+    expected = F.normalize(theirs.encode_image((batch - 0.5) / 0.5), dim=-1)
+    torch.testing.assert_close(shipped.embed(batch), expected, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("damage", ["cut", "not finite", "lacks a tensor", "of another shape"])
+def test_damaged_weights_of_the_shipped_clip_are_refused(damage: str, tmp_path: Path) -> None:
+    tensors = load_file(weights.shipped("clip-lite0"))
+    name = "visual.trunk.blocks.1.0.conv_dw.weight"
+    if damage == "not finite":
+        tensors[name][3, 0, 1, 1] = float("nan")
+    elif damage == "lacks a tensor":
+        del tensors[name]
+    elif damage == "of another shape":
+        tensors[name] = tensors[name][:7].clone()
+    bad = tmp_path / "bad.safetensors"
+    save_file(tensors, bad)
+    if damage == "cut":
+        bad.write_bytes(bad.read_bytes()[:5000])
+    with pytest.raises(EnvironmentLacks, match="cannot be used as weights of clip-lite0"):
+        load_clip(ClipSettings(weights=str(bad)))
 
 
 def test_context_of_token_vectors_equals_the_text(shipped: Clip) -> None:
@@ -166,7 +191,7 @@ def test_normalisation_on_which_all_known_weights_agree_is_used(
 ) -> None:
     table = {"one": (0.1, 0.2, 0.3), "two": (0.1, 0.2, 0.3)}
     monkeypatch.setattr(
-        clip_module, "get_pretrained_cfg", lambda model, tag: {"mean": table[tag], "std": HALF}
+        open_clip_models, "get_pretrained_cfg", lambda model, tag: {"mean": table[tag], "std": HALF}
     )
     monkeypatch.setattr(open_clip, "list_pretrained_tags_by_model", lambda model: list(table))
     known = load_clip(tiny_settings(tiny_weights, mean=(), std=()))
@@ -179,7 +204,7 @@ def test_normalisation_on_which_all_known_weights_agree_is_used(
 
 def test_openai_models_are_normalised_as_openai_did(tmp_path: Path) -> None:
     """Up to the weights file: the normalisation is settled, then the missing file is named."""
-    mean, std = clip_module._normalisation(ClipSettings(model="ViT-B-32"))
+    mean, std = open_clip_models._normalisation(ClipSettings(model="ViT-B-32"))
     assert mean == (0.48145466, 0.4578275, 0.40821073)
     assert std == (0.26862954, 0.26130258, 0.27577711)
     with pytest.raises(EnvironmentLacks, match=r"weights of ViT-B-32 are not at .*none\.pt"):
@@ -222,7 +247,7 @@ def test_damaged_foreign_or_malicious_weights_are_refused(
 
 def test_import_switches_the_hub_off() -> None:
     code = (
-        "import evenlight.stages.priors.clip, huggingface_hub.constants as c;"
+        "import evenlight.stages.priors.open_clip_models, huggingface_hub.constants as c;"
         "assert c.HF_HUB_OFFLINE and c.HF_HUB_DISABLE_TELEMETRY"
     )
     env = {k: v for k, v in os.environ.items() if not k.startswith("HF_")}

@@ -17,8 +17,9 @@ from evenlight.cache import files, shards
 from evenlight.cache.errors import StoreError
 from evenlight.cache.store import Store
 from evenlight.pipeline import config
-from evenlight.pipeline.judge import judge_info, store_judge, write_judge
+from evenlight.pipeline.judge import noted, store_judge, write_judge
 from evenlight.pipeline.load import load_predictor
+from evenlight.pipeline.models import priors_of
 from evenlight.pipeline.store_info import cache_info, cache_verify
 from evenlight.stages.corrector.checkpoint import load_tensors, save_tensors
 from evenlight.stages.corrector.run import begin
@@ -98,7 +99,8 @@ def read_all(path: Path) -> None:
 def test_any_index_and_any_record_is_refused_or_read_and_precompute_mends_it(
     name, store, monkeypatch
 ):
-    monkeypatch.setattr("evenlight.pipeline.store_info.load_models", toy_models)
+    named = "evenlight.pipeline.store_info.priors_named"
+    monkeypatch.setattr(named, lambda settings, judge: priors_of(toy_models(settings), judge))
     path = store / "evenlight" / name
     whole = files.read_json(path)
     changes = all_changes(whole)
@@ -156,7 +158,7 @@ def test_any_judge_note_is_refused_seen_by_verify_and_repaired(store, monkeypatc
         with Store.open(store) as opened:
             try:
                 store_judge(opened, None)
-                judge_info(opened)
+                noted(opened)
             except StoreError as error:
                 assert "judge" in str(error) and "--repair" in str(error)
                 refused += 1

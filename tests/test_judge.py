@@ -17,6 +17,7 @@ from evenlight.stages.pixels import to_bytes, to_float
 from evenlight.stages.priors import judge, tone
 from evenlight.stages.priors.judge import STRENGTHS, Judge, Opinion, decide
 from evenlight.stages.priors.ladder import embed_ladder
+from evenlight.stages.priors.tones import PERCENTILES, tones
 from evenlight.stages.settings import LadderSettings, PseudoGTSettings, Settings
 
 OFFSETS = LadderSettings().offsets
@@ -32,16 +33,16 @@ def test_tones_count_only_what_is_visible():
     hidden[:, 48:] = 255
     shown = np.zeros((64, 96), bool)
     shown[:, :48] = True
-    levels = 3 * len(judge.PERCENTILES)
-    seen, whole = judge.tones(hidden, shown)[:levels], judge.tones(photo)[:levels]
+    levels = 3 * len(PERCENTILES)
+    seen, whole = tones(hidden, shown)[:levels], tones(photo)[:levels]
     assert np.abs(seen - whole).max() < 0.02
-    assert np.abs(judge.tones(hidden)[:levels] - whole).max() > 0.2
+    assert np.abs(tones(hidden)[:levels] - whole).max() > 0.2
 
 
 def test_tones_are_the_quantiles_of_the_photo():
     ramp = np.repeat(np.arange(256, dtype=np.uint8)[None, :, None], 8, 0).repeat(3, 2)
-    found = judge.tones(ramp)[: len(judge.PERCENTILES)]
-    assert np.abs(found - judge.PERCENTILES / 100).max() < 0.01
+    found = tones(ramp)[: len(PERCENTILES)]
+    assert np.abs(found - PERCENTILES / 100).max() < 0.01
 
 
 def test_an_answer_at_a_rung_speaks_of_the_whole_strength():

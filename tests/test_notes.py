@@ -166,7 +166,6 @@ def finished(tmp_path_factory):
 def test_lost_or_damaged_judge_never_changes_in_silence(
     damage, finished, tmp_path, monkeypatch, capsys
 ):
-    monkeypatch.setattr("evenlight.pipeline.store_info.load_models", toys)
     store = shutil.copytree(finished / "S", tmp_path / "S")
     digest = Store.open(store).digest()
     file = store / "evenlight" / "judge.json"
@@ -186,10 +185,10 @@ def test_lost_or_damaged_judge_never_changes_in_silence(
     for run in runs:
         with pytest.raises(StoreError, match="judge"):
             run()
-    assert run_cli(monkeypatch, "cache", "info", "-s", store) == 3
-    assert "judge" in capsys.readouterr().err
     if damage == "of another shape":  # sealed by us, so no damage: only another judge helps
         return
+    assert run_cli(monkeypatch, "cache", "info", "-s", store) == 3
+    assert "judge" in capsys.readouterr().err
     assert run_cli(monkeypatch, "cache", "verify", "-s", store) == 3
     assert "judge.json" in capsys.readouterr().err
     assert run_cli(monkeypatch, "cache", "verify", "-s", store, "--repair") == 0

@@ -174,8 +174,8 @@ def test_regenerate_passes_no_image_through_clip_or_fastsam(finished, tmp_path, 
     def forbidden(*_, **__):
         raise AssertionError("regenerate must not load or run a model")
 
-    monkeypatch.setattr("evenlight.pipeline.models.load_segmenter", forbidden)
-    monkeypatch.setattr("evenlight.pipeline.models.load_clip", forbidden)
+    monkeypatch.setattr("evenlight.stages.priors.fastsam.load_segmenter", forbidden)
+    monkeypatch.setattr("evenlight.stages.priors.clip.load_clip", forbidden)
     monkeypatch.setattr(ToyClip, "embed", forbidden)
     monkeypatch.setattr(ToySegmenter, "segment", forbidden)
     report = regenerate(store, settings=SETTINGS)
@@ -206,8 +206,8 @@ def test_a_regenerate_stopped_half_way_is_stale_until_the_same_command_ends_it(f
     assert digest(store) == finished[1]
 
 
-def made_with_a_proposer(models, judge) -> dict[str, str]:
-    return made_by(models, f"{judge} and a proposer")
+def made_with_a_proposer(priors) -> dict[str, str]:
+    return made_by(priors | {"judge": f"{priors['judge']} and a proposer"})
 
 
 @pytest.mark.parametrize("by", ["regenerate", "precompute"])
@@ -394,15 +394,15 @@ def test_a_pseudo_gt_of_one_colour_is_a_failure_unless_the_photo_is_flat(
 ):
     from PIL import Image
 
-    from evenlight.pipeline import parts
+    from evenlight.stages.priors import pseudo_gt
 
-    choose = parts.choose
+    choose = pseudo_gt.choose
 
     def all_black(photo, *args):
         made = choose(photo, *args)
         return made | {"pseudo_gt": np.zeros_like(made["pseudo_gt"])}
 
-    monkeypatch.setattr(parts, "choose", all_black)
+    monkeypatch.setattr(pseudo_gt, "choose", all_black)
     folder = shutil.copytree(photos, tmp_path / "photos")
     Image.new("RGB", (64, 48), (40, 40, 40)).save(folder / "flat.png")
     report = precompute(folder, tmp_path / "S", settings=SETTINGS, models=toys())

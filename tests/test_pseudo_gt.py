@@ -10,9 +10,10 @@ from toys import ToyClip, ToyJudge, ToySegmenter
 
 from evenlight.pipeline import config
 from evenlight.stages.pixels import luma, resize, to_bytes, to_float
-from evenlight.stages.priors import judge, pseudo_gt, region_strengths, tone
+from evenlight.stages.priors import pseudo_gt, region_strengths, tone
 from evenlight.stages.priors.ladder import embed_photo, largest_regions, region_crop
 from evenlight.stages.priors.scores import candidate_score
+from evenlight.stages.priors.tones import tones as tones_of
 from evenlight.stages.settings import PseudoGTSettings, Settings
 
 SETTINGS = Settings()
@@ -105,7 +106,7 @@ def test_preset_paper_takes_the_rung_that_the_prompts_like_best():
 def test_regions_keep_their_order_of_brightness(wanted, seed):
     rng = np.random.default_rng(seed)
     patches = [np.full((8, 8, 3), level, np.uint8) for level in rng.integers(12, 240, len(wanted))]
-    tones = np.stack([judge.tones(patch) for patch in patches])
+    tones = np.stack([tones_of(patch) for patch in patches])
     kept = region_strengths.keep_order(np.array(wanted), 0.3, tones, "film")
     before = region_strengths.mean_luma(tones, np.zeros(len(wanted)), "film")
     after = region_strengths.mean_luma(tones, kept, "film")
@@ -117,7 +118,7 @@ def test_regions_keep_their_order_of_brightness(wanted, seed):
 
 def test_mean_luma_from_tones_is_that_of_the_pixels():
     pixels = photo(-0.5)
-    found = region_strengths.mean_luma(judge.tones(pixels)[None], np.array([0.6]), "film")
+    found = region_strengths.mean_luma(tones_of(pixels)[None], np.array([0.6]), "film")
     assert found[0] == pytest.approx(
         float(luma(tone.apply("film", to_float(pixels), 0.6)).mean()), abs=0.04
     )
@@ -135,7 +136,7 @@ def test_absent_regions_leave_zero_rows_and_large_ones_come_first():
     labels = np.ones(pixels.shape[:2], np.uint8)
     labels[:10, :10] = 2
     labels[0, 0] = 3  # far under the least area
-    assert [label for label, _ in largest_regions(labels, LADDER)] == [1]
+    assert largest_regions(labels, LADDER)[0] == [1]
     cached = embed_photo(pixels, labels, ToyClip(), LADDER)
     assert (cached["clip_regions"][1:] == 0).all()
     assert cached["region_areas"][0] == pytest.approx(1, abs=0.01)

@@ -22,10 +22,11 @@ IMPORTERS = {
     "pydantic": {"cache/files.py"},
     "h5py": {"stages/photos/hdf5.py"},
     "ultralytics": {"stages/priors/fastsam.py"},
-    "open_clip": {"stages/priors/clip.py"},
+    "open_clip": {"stages/priors/open_clip_models.py"},
     "mamba_ssm": {"stages/corrector/scan.py"},
     "safetensors": {
         "stages/corrector/checkpoint.py",
+        "stages/priors/clip.py",
         "stages/priors/fastsam_weights.py",
         "stages/priors/judge.py",
     },
@@ -145,6 +146,27 @@ def test_the_command_line_starts_without_torch():
     code = f"import sys, evenlight.cli; print({heavy})"
     assert run_python(code) == "[]"
     assert run_python(code.replace("evenlight.cli", "torch")).startswith("['torch'")
+
+
+def test_looking_into_a_store_imports_no_torch():
+    """cache info: also where it compares the store with the models that ship."""
+    code = (
+        "import sys; from evenlight.pipeline import store_info; "
+        "from evenlight.pipeline.models import priors_named; "
+        "from evenlight.stages.settings import Settings; "
+        "assert all(map(len, priors_named(Settings(), 'x').values())); "
+        "print([m for m in ('torch', 'cv2', 'open_clip', 'ultralytics') if m in sys.modules])"
+    )
+    assert run_python(code) == "[]"
+
+
+def test_correcting_imports_no_more_than_it_runs():
+    code = (
+        "import sys; from evenlight import load_predictor; load_predictor(); "
+        "print([m for m in ('torch._dynamo', 'torchvision', 'timm', 'open_clip', 'torchmetrics', "
+        "'skimage', 'zarr', 'dask') if m in sys.modules])"
+    )
+    assert run_python(code) == "[]"
 
 
 HEAVY = "[m for m in ('torch', 'zarr', 'cv2', 'numpy', 'PIL', 'rich') if m in sys.modules]"

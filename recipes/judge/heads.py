@@ -21,6 +21,7 @@ from evenlight.stages.priors import judge, tone
 from evenlight.stages.priors.clip import Clip
 from evenlight.stages.priors.judge_tuning import SPREAD, soft
 from evenlight.stages.priors.ladder import region_crop
+from evenlight.stages.priors.tones import tones as tones_of
 from recipes.judge import camera, photos, tower
 
 # N draws, K rungs, D embedding, T tones, R regions, S strengths
@@ -55,7 +56,7 @@ def seen_row(photo: np.ndarray, strength: float) -> tuple[list[np.ndarray], dict
     given = [0.0, *(rule + offset for offset in judge.ASKED)]
     images = [photo, *(on_curve(photo, t) for t in given[1:])]
     return images, {
-        "tones": np.stack([judge.tones(image) for image in images]),
+        "tones": np.stack([tones_of(image) for image in images]),
         "given": np.array(given, np.float32),
         "rule": np.float32(rule),
         "strength": np.float32(strength),
@@ -98,7 +99,7 @@ def region_rows(
         crop = region_crop(ruled, torch.from_numpy(labels == label), tower.SIZE)
         images.append((crop[0].permute(1, 2, 0).numpy() * 255).round().astype(np.uint8))
     embeddings = embedded(clip, images)
-    photo_tones = judge.tones(small)
+    photo_tones = tones_of(small)
     rows = []
     for index, label in enumerate(regions, 1):
         mask = labels == label
@@ -106,7 +107,7 @@ def region_rows(
         rows.append(
             {
                 "region": embeddings[index], "photo": embeddings[0],
-                "tones": judge.tones(shot, mask), "tones_photo": photo_tones,
+                "tones": tones_of(shot, mask), "tones_photo": photo_tones,
                 "whole": np.float32(whole), "rule": np.float32(rule),
                 "area": np.float32(areas[label]), "strength": np.float32(strength),
             }

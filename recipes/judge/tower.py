@@ -27,6 +27,7 @@ from evenlight.stages.pixels import to_bytes, to_float
 from evenlight.stages.priors import judge, tone
 from evenlight.stages.priors.judge_tuning import SPREAD, soft
 from evenlight.stages.priors.ladder import region_crop
+from evenlight.stages.priors.tones import tones as tones_of
 from recipes.clip_lite0 import captions
 from recipes.clip_lite0 import losses as clip_losses
 from recipes.clip_lite0 import photos as clip_photos
@@ -169,10 +170,10 @@ def sample(data: Data, rng: np.random.Generator) -> Sample:
         curve = tone.apply(judge.FAMILY, torch.arange(256) / 255, given)
         image = cv2.LUT(photo, (curve.numpy() * 255).round().astype(np.uint8))
     missing = float(np.clip(strength - given, -LIMIT, LIMIT))
-    tones = judge.tones(photo)
+    tones = tones_of(photo)
     content = "" if content == "bracket" else content
     return Sample(
-        image, tones, judge.tones(image) if given else tones, given, rule, missing,
+        image, tones, tones_of(image) if given else tones, given, rule, missing,
         good=math.exp(-0.5 * (strength / SPREAD) ** 2),
         content=content,
         caption=captions.caption(image, -missing / STRENGTH_PER_EV, content, "", rng),
@@ -280,7 +281,7 @@ def held_samples(data: Data, seed: int) -> list[Sample]:
     def add(photo: np.ndarray, strength: float, content: str) -> None:
         rule = clip_photos.matching_strength(photo, tone.RULE_TARGET)
         good = math.exp(-0.5 * (strength / SPREAD) ** 2)
-        tones = judge.tones(photo)
+        tones = tones_of(photo)
         found.append(Sample(photo, tones, tones, 0.0, rule, strength, good, content, ""))
 
     for natural in data.natural:

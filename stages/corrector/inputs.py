@@ -10,7 +10,7 @@ import numpy as np
 from torch import Tensor
 
 from evenlight.stages.photos.canvas import Extent
-from evenlight.stages.pixels import resize, to_bytes, to_float
+from evenlight.stages.pixels import resize, to_float
 from evenlight.stages.priors import tone
 
 RULE_FAMILY = "film"
@@ -18,9 +18,8 @@ RULE_FAMILY = "film"
 
 def rule_corrected(photo_HW3: np.ndarray) -> np.ndarray:
     """The photo re-exposed to mean luma 119/255 by the film curve.  uint8 H,W,3 in and out."""
-    rgb = to_float(photo_HW3)
-    strength = tone.rule_strength(resize(rgb, 64, 64), RULE_FAMILY)
-    return to_bytes(tone.apply(RULE_FAMILY, rgb, strength.view(1, 1, 1, 1))).numpy()
+    strength = tone.rule_strength(resize(to_float(photo_HW3), 64, 64), RULE_FAMILY)
+    return tone.on_bytes(RULE_FAMILY, photo_HW3, float(strength[0]))
 
 
 def at_working_size(

@@ -20,7 +20,7 @@ from evenlight.stages.corrector.inputs import at_working_size, rule_corrected
 from evenlight.stages.corrector.network import Correction, Corrector
 from evenlight.stages.photos.canvas import working
 from evenlight.stages.photos.visible import visible
-from evenlight.stages.pixels import resize, to_bytes, to_float
+from evenlight.stages.pixels import resize
 from evenlight.stages.priors import tone
 from evenlight.stages.priors.judge import FAMILY, Judge, Opinion, asked, decide
 from evenlight.stages.priors.ladder import embed_ladder, embed_photo, embed_regions
@@ -73,7 +73,7 @@ class Predictor:
         """The photo (uint8) on the plain film curve at the judge's strength: no network."""
         photo = working(pixels_HW3, self.settings.photo.size)
         strength = decide(self.opinion(photo), self.settings.judge.prior_good)
-        return to_bytes(tone.apply(FAMILY, to_float(pixels_HW3), strength)).numpy()
+        return tone.on_bytes(FAMILY, pixels_HW3, strength)
 
     def pseudo_gt(self, pixels_HW3: np.ndarray) -> dict[str, np.ndarray]:
         """The pseudo_gt part, and regions, of a photo that is in no store, at the priors' size."""

@@ -4,9 +4,8 @@ import functools
 from collections.abc import Callable
 
 import numpy as np
-import torch
 
-from evenlight.stages.pixels import resize, to_bytes, to_float
+from evenlight.stages.pixels import resize, to_float
 from evenlight.stages.priors import tone
 
 GAMMA_SEARCH = np.linspace(-2.5, 2.5, 101)
@@ -24,9 +23,8 @@ def untouched(photo: np.ndarray) -> np.ndarray:
 
 def film_rule(photo: np.ndarray) -> np.ndarray:
     """Mean luma to 119/255 by the film curve: no training, no reference."""
-    rgb = to_float(photo)
-    strength = tone.rule_strength(resize(rgb, 128, 128), "film")
-    return to_bytes(tone.apply("film", rgb, strength.view(1, 1, 1, 1))).numpy()
+    strength = tone.rule_strength(resize(to_float(photo), 128, 128), "film")
+    return tone.on_bytes("film", photo, float(strength[0]))
 
 
 def best_gamma(
@@ -52,6 +50,5 @@ ORACLES: dict[str, Oracle] = {"best gamma (answer in hand)": best_gamma}
 @functools.cache
 def _gamma_curves() -> np.ndarray:
     """float64 of whole numbers: a row per strength of the search, a column per 8-bit level."""
-    levels = (torch.arange(256) / 255).expand(1, 3, 1, 256)
-    curves = [to_bytes(tone.apply("gamma", levels, float(t))).numpy() for t in GAMMA_SEARCH]
-    return np.stack([curve[0, :, 0] for curve in curves]).astype(np.float64)
+    levels = np.arange(256, dtype=np.uint8)
+    return np.stack([tone.on_bytes("gamma", levels, t) for t in GAMMA_SEARCH]).astype(np.float64)

@@ -9,7 +9,6 @@ import numpy as np
 
 from evenlight.cache.errors import UsageError
 from evenlight.stages.photos.find import SUFFIXES
-from evenlight.stages.pixels import to_bytes, to_float
 from evenlight.stages.priors import tone
 
 # Ends of names; 0 EV counts as over (preset msec_enc).
@@ -42,7 +41,7 @@ class Case:
         """What is measured, from the decoded files: uint8 H,W,3 each."""
         if self.ev:
             t = self.ev / tone.EV_PER_STRENGTH
-            photo = to_bytes(tone.apply("ev", to_float(photo), t)).numpy()
+            photo = tone.on_bytes("ev", photo, t)
         if self.fused:
             assert reference is not None
             reference = exposure_fusion([photo, reference])

@@ -9,7 +9,6 @@ import os
 import shutil
 import sys
 import tempfile
-from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +18,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional
-from torchvision.ops import nms
 
-from evenlight.cache.errors import EnvironmentLacks
-from evenlight.stages.priors.fastsam_weights import WHERE, read_weights, unusable
+from evenlight.stages.priors.fastsam_weights import read_weights, unusable
+from evenlight.stages.priors.fingerprints import of_segmenter, segmenter_file
 from evenlight.stages.priors.protocols import Regions
 from evenlight.stages.priors.region_map import distinct, on_edges, region_map
 from evenlight.stages.settings import RegionSettings
-from evenlight.stages.weights import shipped
 
 
 def _import_ultralytics() -> Any:
@@ -70,13 +67,8 @@ def load_segmenter(settings: RegionSettings, device: str | torch.device = "cpu")
 
     Raises EnvironmentLacks where the file is missing, is no FastSAM, or holds more than weights.
     """
-    path = Path(settings.segmenter).expanduser()
-    if path.name == settings.segmenter and shipped(path.name).is_file():
-        path = shipped(path.name)
-    if not path.is_file():
-        raise EnvironmentLacks(f"FastSAM weights not found: {path} is not a file; {WHERE}")
-    fingerprint = sha256(path.read_bytes()).hexdigest()
-    return FastSAM(load_network(path).to(device), settings, fingerprint)
+    path = segmenter_file(settings)
+    return FastSAM(load_network(path).to(device), settings, of_segmenter(settings))
 
 
 class FastSAM:
@@ -188,7 +180,7 @@ class FastSAM:
             coefficients.append(self.head.cv4[level](x)[0].flatten(1)[:, kept].T)
         boxes_N4 = _snapped(torch.cat(boxes), h, w)
         scores_N = torch.cat(scores)
-        kept = nms(boxes_N4, scores_N, BOX_IOU)[:MAX_MASKS]
+        kept = _surest(boxes_N4, scores_N)
         return boxes_N4[kept], scores_N[kept], torch.cat(coefficients)[kept]
 
 
@@ -198,6 +190,13 @@ def _snapped(boxes_N4: Tensor, h: int, w: int) -> Tensor:
     boxes = boxes_N4.clamp(min=0).minimum(limit)
     boxes = torch.where(boxes < EDGE_SNAP * limit, 0, boxes)
     return torch.where(boxes > (1 - EDGE_SNAP) * limit, limit, boxes)
+
+
+def _surest(boxes_N4: Tensor, scores_N: Tensor) -> list[int]:
+    """Boxes that overlap no surer one by more than BOX_IOU, the surest first."""
+    sized_N4 = torch.cat([boxes_N4[:, :2], boxes_N4[:, 2:] - boxes_N4[:, :2]], 1)
+    kept = cv2.dnn.NMSBoxes(sized_N4.tolist(), scores_N.tolist(), 0.0, BOX_IOU)
+    return [int(box) for box in kept[:MAX_MASKS]]
 
 
 def _masks(proto_32hw: Tensor, coefficients_K32: Tensor, boxes_K4: Tensor) -> Tensor:

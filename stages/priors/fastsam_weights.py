@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
 
 from evenlight.cache.errors import EnvironmentLacks
+from evenlight.stages.priors.fingerprints import WHERE
 
-WHERE = "use the shipped 'fastsam-n', or fetch official weights with 'evenlight weights fetch'"
 # Names from elsewhere that ultralytics has put into checkpoints: settings and dates, no code.
 HARMLESS = {"pathlib.PosixPath", "pathlib.PurePosixPath", "pathlib.WindowsPath"}
 HARMLESS |= {"argparse.Namespace", "types.SimpleNamespace", "datetime.datetime"}

@@ -23,21 +23,17 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from evenlight.cache.errors import EnvironmentLacks
-from evenlight.cache.files import canonical_json, sha256_bytes
+from evenlight.stages.priors import tones
+from evenlight.stages.priors.fingerprints import of_judge
 from evenlight.stages.priors.prompts import Scorer, zero_shot
 from evenlight.stages.priors.protocols import ClipModel
+from evenlight.stages.priors.tones import NUM_TONES, PERCENTILES
 from evenlight.stages.weights import shipped
 
 FAMILY = "film"
 LIMIT, STEP = 2.2, 0.1
-STRENGTHS = torch.arange(-22, 23) / 10  # 0 among them exactly
+STRENGTHS = torch.tensor(tones.STRENGTHS, dtype=torch.float32)
 ASKED = (-1.0, -0.4, 0.0, 0.4, 1.0)  # rungs that are asked, beyond the mean-luma rule
-LUMA = np.array([0.299, 0.587, 0.114], np.float32)
-PERCENTILES = np.array(
-    [0.1, 0.5, 1, 2, 5, 10, 15, 20, 25, 30, 35, 40, 45, 50,
-     55, 60, 65, 70, 75, 80, 85, 90, 95, 98, 99, 99.5, 99.9]
-)  # fmt: skip
-NUM_TONES = 3 * len(PERCENTILES) + 8
 HIDDEN, DROPOUT = 96, 0.4
 NO_SPREAD = 0.02  # of tones, between the ends of PERCENTILES: nothing but noise
 WHITE = 0.95  # of all channels, of the middle pixel of a picture on white
@@ -49,52 +45,7 @@ WIDTH = 0.4  # of the loss: beyond about twice of it an answer is wrong, not les
 # is moderate: fewer bad photos are left alone, and good ones hardly move.
 SURELY_GOOD = 0.7
 DECISIONS = np.linspace(-LIMIT, LIMIT, 441)
-LOSSES = 1 - np.exp(-((DECISIONS[:, None] - STRENGTHS.double().numpy()) ** 2) / (2 * WIDTH**2))
-
-
-def tones(rgb_HW3: NDArray[np.uint8], visible_HW: NDArray[np.bool_] | None = None) -> NDArray:
-    """Tone quantiles of a small copy of a photo, and a few means.  Returns float32 T in [0, 1].
-
-    rgb: sRGB, H and W from 3 up.  visible: pixels that count, one at least; None: all.  In order:
-    quantiles at PERCENTILES of luma, of the largest and of the smallest channel; mean luma; mean
-    saturation; shares of pixels with a blown channel, with all channels blown, and crushed; mean
-    luma of the centre (soft), of the upper and of the lower third.
-    """
-    if visible_HW is None:
-        visible_HW = np.ones(rgb_HW3.shape[:2], bool)
-    luma_HW = rgb_HW3 @ LUMA
-    red, green, blue = np.moveaxis(rgb_HW3, 2, 0)
-    largest_HW = np.maximum(np.maximum(red, green), blue)
-    smallest_HW = np.minimum(np.minimum(red, green), blue)
-    levels = [_quantiles(v[visible_HW]) for v in (luma_HW, largest_HW, smallest_HW)]
-    scalars = [
-        luma_HW[visible_HW].mean() / 255,
-        (largest_HW.astype(np.float32) - smallest_HW)[visible_HW].mean() / 255,
-        (largest_HW[visible_HW] >= 254).mean(),
-        (smallest_HW[visible_HW] >= 254).mean(),
-        (largest_HW[visible_HW] <= 1).mean(),
-    ]
-    zones = [_mean(luma_HW, zone * visible_HW) / 255 for zone in _zones(*rgb_HW3.shape[:2])]
-    return np.concatenate([*levels, scalars, zones]).astype(np.float32)
-
-
-def _quantiles(values: NDArray) -> NDArray:
-    counts = np.bincount(values.astype(np.uint8), minlength=256)
-    shares = np.cumsum(counts) / counts.sum()
-    return np.interp(PERCENTILES / 100, shares, np.arange(256)) / 255
-
-
-@functools.lru_cache(maxsize=64)
-def _zones(height: int, width: int) -> tuple[NDArray, ...]:
-    y = np.linspace(-1, 1, height, dtype=np.float32)[:, None]
-    x = np.linspace(-1, 1, width, dtype=np.float32)[None]
-    whole = np.ones((height, width), np.float32)
-    return np.exp(-2 * (x**2 + y**2)), whole * (y < -1 / 3), whole * (y > 1 / 3)
-
-
-def _mean(luma_HW: NDArray, weight_HW: NDArray) -> float:
-    total = float(weight_HW.sum())
-    return float((luma_HW * weight_HW).sum() / total) if total > 0 else 0.0
+LOSSES = 1 - np.exp(-((DECISIONS[:, None] - tones.STRENGTHS) ** 2) / (2 * WIDTH**2))
 
 
 class Asked(nn.Module):
@@ -243,8 +194,7 @@ class Judge:
         for module, own in ((self.head, photo), (self.regions, regions)):
             module.load_state_dict(own)
             module.requires_grad_(False)
-        content = [(k, sha256_bytes(v.numpy().tobytes())) for k, v in sorted(self.tensors.items())]
-        self.fingerprint = sha256_bytes(canonical_json(content))
+        self.fingerprint = of_judge({k: tensor.numpy() for k, tensor in self.tensors.items()})
 
     @classmethod
     def shipped(cls, clip: ClipModel) -> "Judge":

@@ -7,6 +7,8 @@ cached beside.
 
 # K ladder strengths, R regions, D embedding, T tones, H W pixels
 
+import functools
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -14,8 +16,9 @@ from torch.nn import functional as F
 
 from evenlight.stages.photos.visible import inside_border
 from evenlight.stages.pixels import luma, resize, to_bytes, to_float
-from evenlight.stages.priors import judge, tone
+from evenlight.stages.priors import tone
 from evenlight.stages.priors.protocols import ClipModel
+from evenlight.stages.priors.tones import NUM_TONES, region_tones, tones
 from evenlight.stages.settings import LadderSettings
 
 REGION_GROWTH = 1.5  # crop side over region box side
@@ -30,12 +33,14 @@ def clipped(rgb_B3HW: Tensor) -> Tensor:
     return (blown | crushed).float().mean((1, 2))
 
 
-def largest_regions(labels_HW: np.ndarray, settings: LadderSettings) -> list[tuple[int, float]]:
-    """(label, area share) of the regions worth embedding, the largest first."""
-    counts = np.bincount(labels_HW.ravel())
-    shares = [(label, counts[label] / labels_HW.size) for label in range(1, len(counts))]
-    large = [row for row in shares if row[1] >= settings.min_region_area]
-    return sorted(large, key=lambda row: (-row[1], row[0]))[: settings.regions]
+def largest_regions(
+    labels_HW: np.ndarray, settings: LadderSettings
+) -> tuple[list[int], list[float]]:
+    """Labels and area shares of the regions worth embedding, the largest first."""
+    shares = np.bincount(labels_HW.ravel()) / labels_HW.size
+    large = [label for label in range(1, len(shares)) if shares[label] >= settings.min_region_area]
+    labels = sorted(large, key=lambda label: -shares[label])[: settings.regions]
+    return labels, [float(shares[label]) for label in labels]
 
 
 def region_crop(rgb_13HW: Tensor, mask_HW: Tensor, size: int) -> Tensor:
@@ -54,8 +59,17 @@ def region_crop(rgb_13HW: Tensor, mask_HW: Tensor, size: int) -> Tensor:
     crop = resize(rgb_13HW[..., spans[0], spans[1]], size, size)
     inside = resize(mask_HW[None, None, spans[0], spans[1]].float(), size, size)
     small = F.avg_pool2d(crop, size // 16)
-    blurred = resize(small, size, size, "bicubic").clamp(0, 1)
-    return inside * crop + (1 - inside) * blurred
+    rows_of_Ss = _enlarging(small.shape[2], size)
+    blurred = (rows_of_Ss @ small @ rows_of_Ss.T).clamp(0, 1)
+    return torch.lerp(blurred, crop, inside)
+
+
+@functools.cache
+def _enlarging(cells: int, size: int) -> Tensor:
+    """The bicubic enlargement of `cells` to `size` as a matrix, size,cells: on maps of few cells it
+    takes a tenth of the time."""
+    one_by_one = torch.eye(cells)[None, :, :, None]
+    return F.interpolate(one_by_one, (size, 1), mode="bicubic", align_corners=False)[0, ..., 0].T
 
 
 def embed_ladder(
@@ -77,7 +91,7 @@ def embed_ladder(
     return {
         "clip_photo": embeddings[0].astype(np.float32),
         "clip_ladder": embeddings[1:].astype(np.float16),
-        "tones": np.stack([judge.tones(to_bytes(rgb[None]).numpy()) for rgb in seen]),
+        "tones": np.stack([tones(to_bytes(rgb[None]).numpy()) for rgb in seen]),
         "rule_strength": np.array(rule, np.float32),
         "ladder_clipped": clipped(ladder).numpy().astype(np.float32),
         "mean_luma": luma(small).mean().numpy().astype(np.float32),
@@ -98,22 +112,23 @@ def embed_regions(
     labels: uint8 H,W, from 1.  rule: the photo's rule strength.  Returns clip_regions,
     region_tones, region_labels and region_areas; rows of absent regions are zero.
     """
-    rgb = to_float(photo_HW3)
-    ruled = tone.apply(settings.family, rgb, rule)
-    labels = torch.from_numpy(labels_HW)
-    regions = largest_regions(labels_HW, settings)
+    regions, areas = largest_regions(labels_HW, settings)
+    count = len(regions)
     found: dict[str, np.ndarray] = {
         "clip_regions": np.zeros((settings.regions, clip.dim), np.float16),
-        "region_tones": np.zeros((settings.regions, judge.NUM_TONES), np.float32),
+        "region_tones": np.zeros((settings.regions, NUM_TONES), np.float32),
         "region_labels": np.zeros(settings.regions, np.uint8),
         "region_areas": np.zeros(settings.regions, np.float32),
     }
-    if regions:
-        crops = [region_crop(ruled, labels == label, clip.size) for label, _ in regions]
-        found["clip_regions"][: len(regions)] = clip.embed(torch.cat(crops)).cpu().numpy()
-    for row, (label, area) in enumerate(regions):
-        found["region_tones"][row] = judge.tones(photo_HW3, labels_HW == label)
-        found["region_labels"][row], found["region_areas"][row] = label, area
+    if not count:
+        return found
+    planes_3HW = np.ascontiguousarray(photo_HW3.transpose(2, 0, 1))
+    ruled = torch.from_numpy(tone.at_levels(settings.family, planes_3HW, rule))[None]
+    labels = torch.from_numpy(labels_HW)
+    crops = [region_crop(ruled, labels == label, clip.size) for label in regions]
+    found["clip_regions"][:count] = clip.embed(torch.cat(crops)).cpu().numpy()
+    found["region_tones"][:count] = region_tones(photo_HW3, labels_HW, regions)
+    found["region_labels"][:count], found["region_areas"][:count] = regions, areas
     return found
 
 

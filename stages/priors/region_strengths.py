@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from evenlight.stages.priors import judge, tone
+from evenlight.stages.priors.tones import PERCENTILES
 
 # Of what the judge says.  In full it costs .7 dB on brackets, whose references are single frames,
 # and gains nothing on fused ones; at .6 it costs .1 and gains .2.
@@ -58,6 +59,6 @@ def keep_order(
 
 def mean_luma(tones_RT: np.ndarray, strengths: np.ndarray, family: str) -> np.ndarray:
     """Mean luma of regions re-exposed by a strength each (R), from the quantiles of their luma."""
-    levels = torch.from_numpy(tones_RT[:, : len(judge.PERCENTILES)])
+    levels = torch.from_numpy(tones_RT[:, : len(PERCENTILES)])
     toned = tone.apply(family, levels, torch.from_numpy(strengths)[:, None].float()).numpy()
-    return np.trapezoid(toned, judge.PERCENTILES / 100, axis=1)
+    return np.trapezoid(toned, PERCENTILES / 100, axis=1)

@@ -9,16 +9,18 @@ docs/method.md 1, computed in float32 (or float64 when given it), also under aut
 
 from collections.abc import Callable
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from evenlight.stages.pixels import luma
+from evenlight.stages.pixels import LUMA_WEIGHTS
 
 FILM_B = 1.6
 EV_PER_STRENGTH = 1.6  # of the family `ev`
 END = 1e-4  # each curve is a chord over the last END of either side, where slopes run to infinity
 CLIPPED_WHITE = 1 / 510  # half an 8-bit step: how far below white a clipped value may lie
 MAX_RULE_STRENGTH = 3.0
+LEVELS = 4096  # of the rule's histogram: strengths come out within .001 of those of all pixels
 RULE_TARGET = 119 / 255  # mean luma the rule aims at; best of a sweep on real brackets
 
 
@@ -44,6 +46,17 @@ def apply(family: str, x: Tensor, t: Tensor | float) -> Tensor:
         return torch.where(x < END, low, torch.where(x > 1 - END, high, y))
 
 
+def at_levels(family: str, pixels: np.ndarray, t: float) -> np.ndarray:
+    """`apply` on uint8 pixels of any shape, by a table of their 256 levels.  float32 in [0, 1]."""
+    return apply(family, torch.arange(256) / 255, t).numpy()[pixels]
+
+
+def on_bytes(family: str, pixels: np.ndarray, t: float) -> np.ndarray:
+    """Pixels re-exposed by one strength, uint8 in and out."""
+    levels = apply(family, torch.arange(256) / 255, t) * 255
+    return levels.round().to(torch.uint8).numpy()[pixels]
+
+
 @torch.no_grad()
 def rule_strength(
     x_B3HW: Tensor,
@@ -55,19 +68,18 @@ def rule_strength(
 
     x_B3HW: float RGB in [0, 1]; a small copy (about 64 pixels) serves.  target: mean luma in
     [0, 1], one for all or B.  weight: of each pixel in the mean; default: all count the same.
-    Bisection on [-3, 3]; where the target is out of reach the nearer
-    end is returned, and 0 for a photo that no strength changes (all black, all white).
-    Returns float32 B.
+    Bisection on [-3, 3], to .001; where the target is out of reach the nearer end is returned, and
+    0 for a photo that no strength changes (all black, all white).  Returns float32 B.
     """
-    num_photos = x_B3HW.shape[0]
-    low = x_B3HW.new_full((num_photos,), -MAX_RULE_STRENGTH, dtype=torch.float32)
-    high = -low
     weight = torch.ones_like(x_B3HW[:, :1]) if weight_B1HW is None else weight_B1HW
     weight = weight / weight.sum((1, 2, 3), keepdim=True).clamp_min(1e-6)
+    shares_BL = _shares(x_B3HW.float(), weight)
+    levels_L = torch.linspace(0, 1, LEVELS, device=x_B3HW.device)
+    low = x_B3HW.new_full((len(x_B3HW),), -MAX_RULE_STRENGTH, dtype=torch.float32)
+    high = -low
 
     def mean_luma(t_B: Tensor) -> Tensor:
-        toned = luma(apply(family, x_B3HW.float(), t_B[:, None, None, None]))
-        return (toned * weight).sum((1, 2, 3))
+        return (apply(family, levels_L, t_B[:, None]) * shares_BL).sum(1)
 
     unmoved = (mean_luma(high) - mean_luma(low)).abs() < 1e-4
     for _ in range(22):  # 6 / 2**22: under 2e-6
@@ -75,6 +87,18 @@ def rule_strength(
         dark = mean_luma(middle) < target
         low, high = torch.where(dark, middle, low), torch.where(dark, high, middle)
     return torch.where(unmoved, torch.zeros_like(low), (low + high) / 2)
+
+
+def _shares(x_B3HW: Tensor, weight_B1HW: Tensor) -> Tensor:
+    """What share of the mean luma each of LEVELS levels stands for, values between two divided
+    among them: a curve is then run on the levels, not on the pixels.  B,L."""
+    weights_B3HW = weight_B1HW * x_B3HW.new_tensor(LUMA_WEIGHTS).view(1, 3, 1, 1)
+    at = x_B3HW.clamp(0, 1) * (LEVELS - 1)
+    low = at.floor().clamp(max=LEVELS - 2)
+    above, index = at - low, low.long().flatten(1)
+    shares = x_B3HW.new_zeros(len(x_B3HW), LEVELS)
+    shares.scatter_add_(1, index, (weights_B3HW * (1 - above)).flatten(1))
+    return shares.scatter_add_(1, index + 1, (weights_B3HW * above).flatten(1))
 
 
 def _white_point(t: Tensor) -> Tensor:
