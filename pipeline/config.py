@@ -16,9 +16,11 @@ from typing import Any, get_type_hints
 from evenlight.cache.errors import StoreError, UsageError
 from evenlight.cache.schema import PARTS
 from evenlight.stages.settings import Settings
+from evenlight.stages.weights import shipped
 
 log = logging.getLogger(__name__)
 
+BY_CONTENT = ("regions.segmenter", "clip.weights")  # files, covered by the models' fingerprints
 Given = Settings | Mapping[str, Any] | None
 """Complete settings, or changes: {"train.steps": 200} or {"train": {"steps": 200}}."""
 
@@ -93,6 +95,16 @@ def of_store(store: str | Path, given: Given = None, *, making: bool = False) ->
                 raise
             log.warning("%s\nits settings are unknown: taking the defaults", error)
     return resolve(given, base)
+
+
+def absolute_paths(settings: Settings) -> Settings:
+    """The settings with files of weights named from the root on, for workers started elsewhere."""
+    flat = flatten(to_dict(settings))
+    for key in BY_CONTENT:
+        path = Path(flat[key]).expanduser()
+        if path.is_file() and not shipped(flat[key]).is_file():
+            flat[key] = str(path.absolute())
+    return from_flat(flat)
 
 
 def known(recorded: Mapping[str, Any]) -> dict[str, Any]:

@@ -9,11 +9,9 @@ from dataclasses import dataclass
 
 from evenlight.cache.schema import FAILED, SCHEMA, PhotoRecord, UnitRecord, fingerprint
 from evenlight.cache.store import Store
-from evenlight.pipeline.config import values_affecting
+from evenlight.pipeline.config import BY_CONTENT, values_affecting
 from evenlight.pipeline.parts import PARTS
 from evenlight.stages.settings import Settings
-
-BY_CONTENT = ("regions.segmenter", "clip.weights")  # covered by the model's own fingerprint
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -73,7 +73,8 @@ def precompute(
     to be made anew whose file is not among these.
     """
     started = time.monotonic()
-    photos, settings = Path(photos), config.of_store(store, settings, making=True)
+    photos = Path(photos).absolute()  # workers may have been started elsewhere
+    settings = config.absolute_paths(config.of_store(store, settings, making=True))
     found = find_photos(photos, settings.photo.max_megapixels)
     sources = {source.name: source for source in found.photos}
     if not sources:
@@ -92,7 +93,7 @@ def precompute(
         sides = sizes(settings, models)
         plans = _plans(target, index, absent | digests, tools)
         _refuse_without_files(target, plans, sources, photos)
-        target.write_index(dataclasses.replace(index, source=str(photos.absolute())))
+        target.write_index(dataclasses.replace(index, source=str(photos)))
         target.ensure_arrays([spec for part in PARTS for spec in part.specs(sides)])
         keep_judge(target, tools.judge, models.clip)
         _forget_round(target)
@@ -170,7 +171,7 @@ def _tell_what_differs(
         log.warning(
             "%d photos of store %s are not in %s: they %s", len(absent), store.path, photos, become
         )
-    if store.index.source in ("", str(photos.absolute())):
+    if store.index.source in ("", str(photos)):
         return
     others = sum(
         photo.name is not None and digests.get(photo.name, photo.sha256) != photo.sha256

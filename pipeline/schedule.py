@@ -4,10 +4,11 @@ Only ids and small plans travel; a worker loads the models once and writes whole
 The scheduler runs pickled functions: use clusters on trusted networks only.
 """
 
+import logging
 from collections.abc import Callable, Iterator, Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
-from evenlight.cache.errors import EvenlightError, StoreError
+from evenlight.cache.errors import EnvironmentLacks, EvenlightError, StoreError
 
 Task = TypeVar("Task")
 # Dask makes workers hand freed memory back at once, and torch then faults every page in again:
@@ -47,7 +48,11 @@ def _on_dask(
 ) -> Iterator[Task]:
     import dask
     from distributed import Client, LocalCluster, as_completed
+    from distributed.client import FutureCancelledError
+    from distributed.comm import CommClosedError
 
+    for name in ("distributed", "distributed.client"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)  # they log pages of traceback
     cluster = None
     if not scheduler:
         dask.config.set(KEEP_MEMORY)
@@ -56,16 +61,21 @@ def _on_dask(
             threads_per_worker=1,
             host="127.0.0.1",
             dashboard_address=None,
-            silence_logs="ERROR",
+            silence_logs="CRITICAL",
         )
     try:
-        with Client(cluster if cluster is not None else scheduler) as client:
+        with _client(Client, cluster or scheduler) as client:
             futures = client.map(work, tasks, pure=False, retries=TRIES - 1)
             for future in as_completed(futures):
                 try:
                     yield future.result()
                 except EvenlightError:
                     raise
+                except (FutureCancelledError, CommClosedError) as error:
+                    raise StoreError(
+                        f"the scheduler {scheduler} is gone: complete units are kept, "
+                        "run the same command again to go on"
+                    ) from error
                 except Exception as error:
                     raise StoreError(
                         f"a worker failed {TRIES} times ({error!r}): complete units are kept, "
@@ -74,3 +84,10 @@ def _on_dask(
     finally:
         if cluster is not None:
             cluster.close()
+
+
+def _client(connect: Callable[[Any], Any], cluster: Any) -> Any:
+    try:
+        return connect(cluster)
+    except (OSError, ValueError) as error:  # nobody there; no address
+        raise EnvironmentLacks(f"no Dask scheduler answers at {cluster} ({error})") from error

@@ -1,6 +1,9 @@
 """Make the parts of one unit: photos onto canvases, regions, embeddings, pseudo-GT."""
 
 import dataclasses
+import os
+import socket
+import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from evenlight.cache.errors import PhotoError
+from evenlight.cache.errors import EnvironmentLacks, PhotoError
 from evenlight.cache.files import sha256_bytes
 from evenlight.cache.schema import FAILED, OK, PhotoRecord
 from evenlight.cache.store import Store
@@ -21,6 +24,7 @@ from evenlight.pipeline.plan import UnitPlan
 from evenlight.stages.photos.find import PhotoSource
 from evenlight.stages.settings import Settings
 
+_one_unit = threading.Lock()  # of a process: models are loaded once, and made for one thread
 UNREAD = sha256_bytes(b"")  # digest of a file that could not be read
 
 
@@ -67,10 +71,14 @@ def make_unit_here(store: Store, task: UnitTask, tools: Tools) -> UnitTask:
 
 
 def make_unit_in_worker(task: UnitTask, settings: Settings) -> UnitTask:
-    """For a worker process: models are loaded once and kept; the main run holds the lock."""
+    """For a worker process: models are loaded once and kept; the main run holds the lock.
+
+    Raises EnvironmentLacks where the worker sees none of the files that the main run read.
+    """
     torch.set_num_threads(1)  # workers are the parallelism; more threads only wait for each other
-    models = load_models(settings)
-    with Store.attach(task.store) as store:
+    _refuse_unseen(task)
+    with _one_unit, Store.attach(task.store) as store:
+        models = load_models(settings)
         make_unit(
             store,
             task.plan,
@@ -78,6 +86,17 @@ def make_unit_in_worker(task: UnitTask, settings: Settings) -> UnitTask:
             Tools(settings, models, store_judge(store, models.clip)),
         )
     return task
+
+
+def _refuse_unseen(task: UnitTask) -> None:
+    read = {p.name for p in task.plan.photos if p.sha256 != UNREAD}
+    files = [source.path for name, source in task.sources.items() if name in read]
+    if not task.store.is_dir() or (files and not any(os.access(path, os.R_OK) for path in files)):
+        lacking = files[0] if task.store.is_dir() else task.store
+        raise EnvironmentLacks(
+            f"the worker on {socket.gethostname()} does not see {lacking}: store and photos must "
+            "lie under the same paths for all workers; nothing was recorded of these photos"
+        )
 
 
 def _upstream(todo: Sequence[Part]) -> list[str]:

@@ -3,9 +3,10 @@
 import os
 from pathlib import Path
 
+import psutil
 import pytest
 
-from evenlight.cache.errors import StoreError
+from evenlight.cache.errors import EnvironmentLacks, StoreError
 from evenlight.pipeline import schedule
 
 
@@ -47,3 +48,33 @@ def test_several_workers_do_every_task_though_one_dies(tmp_path):
 def test_a_task_that_keeps_failing_stops_the_run_in_words(tmp_path):
     with pytest.raises(StoreError, match="run the same command again"):
         run(fail, [(tmp_path, 0)])
+
+
+def listening(task: tuple[Path, int]) -> tuple[Path, int]:
+    """Write down on which addresses the run and its workers listen."""
+    folder, number = task
+    run = psutil.Process().parents()
+    processes = [psutil.Process(), *(p for p in run if p.pid == int((folder / "pid").read_text()))]
+    addresses = {
+        connection.laddr.ip
+        for process in processes
+        for connection in process.net_connections("inet")
+        if connection.status == psutil.CONN_LISTEN
+    }
+    (folder / f"addresses{number}").write_text(" ".join([str(len(processes)), *addresses]))
+    return task
+
+
+def test_our_own_cluster_listens_on_loopback_alone(tmp_path):
+    (tmp_path / "pid").write_text(str(os.getpid()))
+    run(listening, [(tmp_path, 0), (tmp_path, 1)])
+    assert (tmp_path / "addresses0").read_text() == "2 127.0.0.1"
+
+
+def test_where_no_scheduler_answers_one_sentence_says_so(tmp_path):
+    import dask
+
+    with dask.config.set({"distributed.comm.timeouts.connect": "1s"}):
+        for address in ("tcp://127.0.0.1:9", "nonsense://x"):
+            with pytest.raises(EnvironmentLacks, match=f"no Dask scheduler answers at {address}"):
+                list(schedule.run(mark, mark, [(tmp_path, 0)], workers=1, scheduler=address))
