@@ -272,6 +272,20 @@ def cache_verify(
         raise typer.Exit(STORE)
 
 
+@cache_app.command("forget")
+def cache_forget(
+    names: Annotated[list[str], typer.Argument(help="Photos, as `precompute` names them.")],
+    store: StoreOption,
+    as_json: JsonOption = False,
+) -> None:
+    """Take photos out of a store; what training sees goes at once, the rest when it is remade."""
+    from evenlight.pipeline.store_info import cache_forget as run
+
+    left = run(store, names)
+    stderr.print(f"forgot {len(set(names))} photos, {left} are left")
+    emit({"forgotten": len(set(names)), "left": left}, as_json)
+
+
 @weights_app.command("fetch")
 def weights_fetch(
     name: Annotated[
@@ -333,6 +347,9 @@ def main() -> None:
         raise SystemExit(
             next(code for kind, code in EXIT_CODES if isinstance(error, kind))
         ) from None
+    except MemoryError as error:
+        stderr.print(f"evenlight: this needs more memory than there is ({error})")
+        raise SystemExit(ENVIRONMENT) from None
     except OSError as error:  # a full disk, say, where nobody knew better
         stderr.print(f"evenlight: {error}")
         raise SystemExit(SOME_FAILED) from None

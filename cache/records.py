@@ -247,7 +247,7 @@ def summarise(index: Index, records: Iterable[UnitRecord]) -> dict[str, Any]:
     named = sum(name is not None for name in index.names)
     return {
         "schema": SCHEMA,
-        "source": index.source,
+        "sources": list(index.sources),
         "unit_size": index.unit_size,
         "units": {"all": index.num_units, "complete": complete},
         "photos": {
@@ -294,7 +294,7 @@ def content_digest(index: Index, records: Iterable[UnitRecord]) -> str:
 def recovered_index(records: Iterable[UnitRecord], unit_size: int) -> Index:
     """The index that records speak of, for a store that lost its own.
 
-    Photos of units not yet written are new to it, and settings and source are empty.
+    Photos of units not yet written are new to it, and settings and sources are empty.
     """
     names: list[str | None] = []
     for record in records:

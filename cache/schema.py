@@ -53,7 +53,7 @@ class Index:
     names: tuple[str | None, ...]  # None is a hole: a photo that was there and is gone
     unit_size: int
     settings: dict[str, Any] = dataclasses.field(default_factory=dict)
-    source: str = ""  # the folder or file the photos came from
+    sources: tuple[str, ...] = ()  # folders and files that photos came from
 
     def __post_init__(self) -> None:
         assert 1 <= self.unit_size <= MOST_PHOTOS, f"unit_size {self.unit_size}"
@@ -73,6 +73,10 @@ class Index:
         """The unit_size names of a unit, None for holes and behind the end."""
         names = self.names[unit * self.unit_size : (unit + 1) * self.unit_size]
         return names + (None,) * (self.unit_size - len(names))
+
+    def from_folder(self, source: str) -> Self:
+        """The index with one more source of photos."""
+        return dataclasses.replace(self, sources=tuple(dict.fromkeys([*self.sources, source])))
 
     def updated(self, names: Iterable[str], *, closed: Collection[int] = ()) -> Self:
         """The index of the photos named now.
@@ -98,6 +102,8 @@ class Index:
     def from_json(cls, document: Mapping[str, Any], where: Path) -> Self:
         """Raises StoreError where the document, read from there, is of another schema or shape."""
         check_schema(document.get("schema"), str(where))
+        if "source" in document:  # of an evenlight that knew the last one alone
+            document = {**document, "sources": [document["source"]]}
         return checked(cls, document, where)
 
 

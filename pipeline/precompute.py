@@ -20,6 +20,7 @@ from evenlight.cache.store import Store
 from evenlight.pipeline import config, schedule
 from evenlight.pipeline.config import Given
 from evenlight.pipeline.console import Progress, silent
+from evenlight.pipeline.failures import one_photo
 from evenlight.pipeline.judge import keep_judge, store_judge
 from evenlight.pipeline.models import Models, load_models, priors_of
 from evenlight.pipeline.parts import FILE, PART, PARTS, Tools, sizes
@@ -70,7 +71,7 @@ def precompute(
     `run.workers` processes.  prune: photos of the store that are not among these are taken away.
     Photos that cannot be used are listed in the report; they are tried again when their file is
     readable again or differs, or by run.retry_failed.  Raises UsageError where a photo would have
-    to be made anew whose file is not among these.
+    to be made anew whose file is not among these, or take the place of one of another folder.
     """
     started = time.monotonic()
     photos = Path(photos).absolute()  # workers may have been started elsewhere
@@ -81,19 +82,19 @@ def precompute(
         raise UsageError(f"no photos found in {photos}{also_there(found.passed_over)}")
     # the lock comes first: a second run must be refused before it loads anything
     with Store.create_or_open(store, unit_size=settings.run.unit_size) as target:
-        digests = {}
-        for done, (name, source) in enumerate(sources.items(), 1):
-            digests[name] = _digest(source)
-            on_progress("photos read", done, len(sources))
-        absent = _absent(target, digests)
-        _tell_what_differs(target, photos, digests, absent, prune)
+        digests = _digests(sources, on_progress)
+        absent = {k: digest for k, digest in _recorded(target).items() if k not in digests}
+        folder = _folder(photos, found.photos[0])
+        if not prune:
+            _refuse_namesakes(target, folder, sources, digests)
+        _tell_of_absent(target, photos, absent, prune)
         index = _updated(target.index, digests, {} if prune else absent)
         injected, models = models, models or load_models(settings)
         tools = Tools(settings, models, store_judge(target, models.clip))
         sides = sizes(settings, models)
         plans = _plans(target, index, absent | digests, tools)
         _refuse_without_files(target, plans, sources, photos)
-        target.write_index(dataclasses.replace(index, source=str(photos)))
+        target.write_index(index.from_folder(str(folder)))
         target.ensure_arrays([spec for part in PARTS for spec in part.specs(sides)])
         keep_judge(target, tools.judge, models.clip)
         _forget_round(target)
@@ -147,45 +148,75 @@ def regenerate(
     return report
 
 
+def _digests(sources: Mapping[str, PhotoSource], on_progress: Progress) -> dict[str, str]:
+    digests = {}
+    for done, (name, source) in enumerate(sources.items(), 1):
+        digests[name] = _digest(source)
+        on_progress("photos read", done, len(sources))
+    return digests
+
+
 def _digest(source: PhotoSource) -> str:
     """sha256 of the input bytes; of nothing for a file that cannot be read now."""
     try:
-        return sha256_bytes(source.read_bytes())
+        with one_photo():
+            return sha256_bytes(source.read_bytes())
     except PhotoError:
         return UNREAD
 
 
-def _absent(store: Store, digests: Mapping[str, str]) -> dict[str, str]:
-    """Photos that the store names and that are not among those given: name -> sha256."""
+def _recorded(store: Store) -> dict[str, str]:
+    """The photos that the store names: name -> sha256, UNREAD of those not made yet."""
     made = {photo.name: photo.sha256 for record in store.records() for photo in record.photos}
-    names = [name for name in store.index.names if name is not None and name not in digests]
-    return {name: made.get(name, UNREAD) for name in names}
+    return {name: made.get(name, UNREAD) for name in store.index.names if name is not None}
 
 
-def _tell_what_differs(
-    store: Store, photos: Path, digests: Mapping[str, str], absent: Mapping[str, str], prune: bool
-) -> None:
-    """Say, before it is done, what becomes of photos of the store by a look at other files."""
+def _tell_of_absent(store: Store, photos: Path, absent: Mapping[str, str], prune: bool) -> None:
+    """Say, before it is done, what becomes of photos of the store that are not given."""
     if absent:
         become = "are taken away" if prune else "stay in it (--prune takes them away)"
         log.warning(
             "%d photos of store %s are not in %s: they %s", len(absent), store.path, photos, become
         )
-    if store.index.source in ("", str(photos)):
-        return
-    others = sum(
-        photo.name is not None and digests.get(photo.name, photo.sha256) != photo.sha256
-        for record in store.records()
-        for photo in record.photos
-    )
-    if others:
-        log.warning(
-            "%d photos of %s take the places of others of the same names, from %s, in store %s",
-            others,
-            photos,
-            store.index.source,
-            store.path,
+
+
+def _refuse_namesakes(
+    store: Store, folder: Path, sources: Mapping[str, PhotoSource], digests: Mapping[str, str]
+) -> None:
+    """Raise UsageError where photos have the names of others, that came from another folder.
+
+    folder: of these photos.  Where the store knows it, they are edited photos, unless the one that
+    the store holds still lies in another of its folders.
+    """
+    known = store.index.sources
+    others = {
+        name: sha
+        for name, sha in _recorded(store).items()
+        if UNREAD not in (sha, digests.get(name, UNREAD)) and digests[name] != sha
+    }
+    if str(folder) in known:
+        elsewhere = [Path(other) for other in known if other != str(folder)]
+        others = {
+            name: sha
+            for name, sha in others.items()
+            if any(_digest(_in(other, sources[name])) == sha for other in elsewhere)
+        }
+    if others and known:
+        raise UsageError(
+            f"{len(others)} photos of {folder} have the names of others ({next(iter(others))} "
+            f"first), of {', '.join(known)}, that store {store.path} holds: rename them, or make "
+            "these photos all that it holds with --prune"
         )
+
+
+def _in(folder: Path, source: PhotoSource) -> PhotoSource:
+    """The photo of that name in another folder, which may not be there."""
+    return dataclasses.replace(source, path=folder / source.output_name)
+
+
+def _folder(photos: Path, first: PhotoSource) -> Path:
+    """Where photos come from: the folder of a single one, else what was named."""
+    return photos.parent if first.path == photos and first.dataset is None else photos
 
 
 def _updated(index: Index, digests: Mapping[str, str], absent: Mapping[str, str]) -> Index:

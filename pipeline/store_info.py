@@ -1,9 +1,11 @@
 """What a store holds and whether it is whole: cache info, cache verify."""
 
+import difflib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from evenlight.cache.errors import EnvironmentLacks, StoreError
+from evenlight.cache.errors import EnvironmentLacks, StoreError, UsageError
 from evenlight.cache.schema import Damage
 from evenlight.cache.store import Store
 from evenlight.pipeline.config import Given, known, resolve
@@ -43,8 +45,7 @@ def cache_verify(store: str | Path, *, repair: bool = False) -> list[Damage]:
     damaged notes with the parts made by them, so that `evenlight precompute` remakes just those."""
     from evenlight.pipeline.judge import noted  # torch: only to see that it is a judge
 
-    opened = Store.create_or_open(store) if repair and Path(store).is_dir() else Store.open(store)
-    with opened as source:
+    with _to_change(store) if repair else Store.open(store) as source:
         damages = source.verify()
         if not any(damage.note == JUDGE for damage in damages):
             try:
@@ -58,6 +59,26 @@ def cache_verify(store: str | Path, *, repair: bool = False) -> list[Damage]:
                 elif damage.unit is not None and damage.part:
                     source.drop(damage.unit, damage.part)
     return damages
+
+
+def cache_forget(store: str | Path, names: Sequence[str]) -> int:
+    """Take photos out of a store; returns how many are left.  Raises UsageError where one is not
+    there.  A later `precompute` of a folder that holds them takes them on again."""
+    with _to_change(store) as target:
+        held = {name for name in target.index.names if name is not None}
+        for name in names:
+            if name not in held:
+                near = "".join(difflib.get_close_matches(name, held, n=1))
+                hint = f"; did you mean {near}?" if near else ""
+                raise UsageError(f"store {store} holds no photo {name!r}{hint}")
+        left = held.difference(names)
+        target.write_index(target.index.updated(left))
+    return len(left)
+
+
+def _to_change(store: str | Path) -> Store:
+    """The store for writing; none is made where there is none."""
+    return Store.create_or_open(store) if Path(store).is_dir() else Store.open(store)
 
 
 def _judge(store: Store) -> dict[str, Any]:

@@ -129,8 +129,7 @@ def _make_part(
             try:
                 with one_photo():
                     inputs = _inputs(part, have, row, photo, sources)
-                    values = part.make(inputs, tools)
-                _place(part, rows, row, values, have)
+                    _place(part, rows, row, part.make(inputs, tools), have)
             except PhotoError as error:
                 photo = dataclasses.replace(
                     photo,

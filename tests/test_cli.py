@@ -44,6 +44,7 @@ SURFACE = {
     "doctor": {"--json"},
     "cache info": {"-s", "--store"} | COMMON,
     "cache verify": {"-s", "--store", "--repair", "--no-repair", "--json"},
+    "cache forget": {"names", "-s", "--store", "--json"},
     "weights fetch": {"name", "-o", "--out", "--json"},
 }  # fmt: skip
 
@@ -183,6 +184,7 @@ def test_exit_4_where_the_environment_lacks_something(tmp_path, monkeypatch, cap
         (EvenlightError("no room"), 1),
         (NonFinite("loss is NaN at step 3"), 1),
         (OSError(28, "No space left on device", "/runs/a"), 1),
+        (MemoryError("Unable to allocate 9 GiB"), 4),
         (StoreError("[bold]odd[/x] name"), 3),
     ],
 )
@@ -193,7 +195,8 @@ def test_errors_end_with_one_sentence_and_their_code(error, code, monkeypatch, c
     monkeypatch.setattr("evenlight.pipeline.doctor.doctor", fail)
     assert run_cli(monkeypatch, "doctor") == code
     said = capsys.readouterr()
-    assert said.err == f"evenlight: {error}\n" and said.out == ""
+    assert said.err.startswith("evenlight: ") and said.err.count("\n") == 1
+    assert str(error) in said.err and said.out == ""
 
 
 def test_json_is_one_document_on_stdout_and_everything_else_on_stderr(
@@ -253,6 +256,27 @@ def test_repair_drops_what_is_damaged_and_precompute_remakes_exactly_that(
     assert report.parts_made == dict.fromkeys(parts[first:], 1)
     with Store.open(store) as opened:
         assert opened.digest() == before and opened.verify() == []
+
+
+def test_a_forgotten_photo_is_gone_from_what_training_sees_and_may_come_again(
+    store, tmp_path, monkeypatch, capsys
+):
+    with Store.open(store) as opened:
+        digest = opened.digest()
+    assert run_cli(monkeypatch, "cache", "forget", "-s", store, "photo_01.png") == 2
+    assert "no photo 'photo_01.png'; did you mean photo_001.png?" in capsys.readouterr().err
+    assert run_cli(monkeypatch, "cache", "forget", "-s", tmp_path / "none", "x") == 3
+    assert not (tmp_path / "none").exists()
+    assert run_cli(monkeypatch, "cache", "forget", "-s", store, "photo_001.png", "--json") == 0
+    said = capsys.readouterr()
+    assert json.loads(said.out) == {"forgotten": 1, "left": 2}
+    assert said.err == "forgot 1 photos, 2 are left\n"
+    with Store.open(store) as opened:
+        assert opened.slots("pseudo_gt") == [0, 2] and opened.verify() == []
+    settings = config.build(overrides=SMALL)
+    assert precompute(tmp_path / "photos", store, settings=settings, models=toys()).units_made == 0
+    with Store.open(store) as opened:
+        assert opened.digest() == digest
 
 
 def offline(*_, **__):

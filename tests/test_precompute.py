@@ -10,7 +10,7 @@ import pytest
 from toys import ToyClip, ToySegmenter, write_photos
 
 from evenlight.cache.errors import EnvironmentLacks, PhotoError, StoreError, UsageError
-from evenlight.cache.files import write_json
+from evenlight.cache.files import read_json, write_json
 from evenlight.cache.schema import PARTS, parts_from
 from evenlight.cache.store import Store
 from evenlight.pipeline import config
@@ -84,7 +84,7 @@ def test_one_changed_byte_of_the_same_size_and_time_remakes_that_unit_only(
     data[-20] ^= 1
     target.write_bytes(data)
     os.utime(target, ns=(stat.st_atime_ns, stat.st_mtime_ns))
-    report = precompute(changed, copy(finished, tmp_path), settings=SETTINGS, models=toys())
+    report = run(changed, copy(finished, tmp_path), prune=True)  # the folder is another one
     assert (report.units_made, report.units_kept) == (1, 2)
 
 
@@ -336,11 +336,68 @@ def test_later_parts_of_photos_of_another_folder_are_remade_from_the_cache(
     assert report.failed == [] and len(names_of(store)) == 6
 
 
-def test_photos_of_the_same_names_and_other_content_are_told_of(photos, finished, tmp_path, caplog):
+def run(folder, store, **options):
+    return precompute(folder, store, settings=SETTINGS, models=toys(), **options)
+
+
+def test_photos_with_the_names_of_others_from_another_folder_are_refused(
+    photos, finished, tmp_path
+):
     store = copy(finished, tmp_path)
     other = moved_photos(photos, tmp_path / "other", {"photo_000.png": "photo_001.png"})
-    precompute(other, store, settings=SETTINGS, models=toys(), prune=True)
-    assert "1 photos of" in caplog.text and "take the places of others" in caplog.text
+    refused = rf"1 photos of {other} have the names of others \(photo_001\.png first\).*{photos}"
+    for given in (other, other / "photo_001.png"):
+        with pytest.raises(UsageError, match=refused):
+            run(given, store)
+    assert digest(store) == finished[1]
+    run(other, store, prune=True)
+    assert names_of(store) == ["photo_001.png"]
+
+
+def test_an_edited_photo_is_made_anew_unless_it_is_another_folders(photos, tmp_path):
+    one, other = (shutil.copytree(photos, tmp_path / name) for name in ("one", "other"))
+    (other / "photo_004.png").rename(other / "new.png")
+    store = tmp_path / "S"
+    run(one, store)
+    run(other, store)  # the same bytes under the same names: no others
+    shutil.copy(photos / "photo_000.png", one / "photo_004.png")
+    assert run(one, store).units_made == 1  # edited, and in no other folder
+    assert run(one / "photo_004.png", store).units_made == 0
+    shutil.copy(photos / "photo_000.png", one / "photo_001.png")
+    with pytest.raises(UsageError, match=r"photo_001\.png first"):
+        run(one, store)
+    (other / "photo_001.png").unlink()
+    assert run(one, store).units_made == 1
+
+
+def test_a_store_of_an_older_version_knows_the_folder_it_came_from(photos, finished, tmp_path):
+    store = copy(finished, tmp_path)
+    index = store / "evenlight" / "index.json"
+    document = read_json(index)
+    document["source"] = document.pop("sources")[0]
+    write_json(index, document)
+    with Store.open(store) as opened:
+        assert opened.index.sources == (str(photos),)
+
+
+@pytest.mark.parametrize("where", ["read", "decoded", "always"])
+def test_a_photo_that_needs_more_memory_than_there_is_is_a_failed_photo(
+    where, photos, tmp_path, monkeypatch
+):
+    read, calls = PhotoSource.read_bytes, []
+
+    def too_large(source):
+        calls.append(source.name)
+        due = {"read": 1, "decoded": 2, "always": calls.count(source.name)}[where]
+        if source.name == "photo_003.png" and calls.count(source.name) == due:
+            raise MemoryError
+        return read(source)
+
+    monkeypatch.setattr(PhotoSource, "read_bytes", too_large)
+    report = run(photos, tmp_path / "S")
+    assert [name for name, _ in report.failed] == ["photo_003.png"]
+    assert where == "read" or "more memory than there is" in report.failed[0][1]
+    assert len(names_of(tmp_path / "S")) == 4
 
 
 # Failures and settings
