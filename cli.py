@@ -1,6 +1,8 @@
 """The command line: parse, call one function of the pipeline, print, exit with a code."""
 
+import errno
 import signal
+import tempfile
 from dataclasses import asdict
 from pathlib import Path
 from types import FrameType
@@ -168,15 +170,17 @@ def evaluate(
     from evenlight.cache.files import atomic_write
     from evenlight.pipeline.evaluate import evaluate as run
 
-    if csv is not None and not csv.absolute().parent.is_dir():
-        raise UsageError(f"--csv {csv}: there is no folder {csv.absolute().parent}")
+    if csv is not None:
+        _try_to_write(csv)
     with progress() as on_progress:
         result = run(model or [], data, settings=_read(config, set_), on_progress=on_progress)
-    if csv is not None:
-        atomic_write(csv, result.to_csv().encode())
-    if not as_json:
-        typer.echo(result.to_text())
-    emit(result, as_json)
+    try:
+        if not as_json:
+            typer.echo(result.to_text())
+        emit(result, as_json)
+    finally:
+        if csv is not None:
+            atomic_write(csv, result.to_csv().encode())
 
 
 @app.command()
@@ -312,6 +316,17 @@ def _read(config: Path | None, overrides: list[str] | None) -> dict[str, Any]:
     from evenlight.pipeline.config import read
 
     return read(config, overrides or [])
+
+
+def _try_to_write(path: Path) -> None:
+    """Raise UsageError where a small file could not be written there; nothing is left behind."""
+    try:
+        if path.is_dir():
+            raise IsADirectoryError(errno.EISDIR, "it is a folder")
+        with tempfile.TemporaryFile(dir=path.absolute().parent, buffering=0) as file:
+            file.write(bytes(1 << 16))
+    except OSError as error:
+        raise UsageError(f"{path} cannot be written: {error.strerror}") from error
 
 
 def _finish_run(report: Any, as_json: bool) -> None:

@@ -26,6 +26,7 @@ from evenlight.stages.evaluation.baselines import BASELINES, ORACLES, Oracle
 from evenlight.stages.evaluation.metrics import PROTOCOL, Figures, agreement, measure
 from evenlight.stages.evaluation.sets import Case, list_cases
 from evenlight.stages.photos.decode import decode
+from evenlight.stages.photos.find import without_controls
 from evenlight.stages.priors.pseudo_gt import re_expose
 
 SIDES = ("under", "over", "all")
@@ -119,18 +120,19 @@ def evaluate(
     UsageError where a set or a photo of it cannot be used: a mean over fewer photos would be
     another figure.
     """
-    listed = {name: list_cases(*_split(name)) for name in data}
+    listed = {without_controls(name): list_cases(*_split(name)) for name in data}
     methods = {name: _blind(baseline) for name, baseline in BASELINES.items()}
     methods |= {name: _told(oracle) for name, oracle in ORACLES.items()}
     for path in models:
-        if str(path) in methods:
-            raise UsageError(f"model {path} is named twice")
+        name = without_controls(str(path))
+        if name in methods:
+            raise UsageError(f"model {name} is named twice")
         predictor = load_predictor(path, settings=settings)
         everything = correcting_all(predictor)
-        methods[f"film, judge of {path}"] = _blind(everything.on_curve)
-        methods[f"pseudo-GT of {path}"] = _blind(functools.partial(_pseudo_gt, predictor))
-        methods[str(path)] = _blind(predictor.correct)
-        methods[f"{path} --all"] = _blind(everything.correct)
+        methods[f"film, judge of {name}"] = _blind(everything.on_curve)
+        methods[f"pseudo-GT of {name}"] = _blind(functools.partial(_pseudo_gt, predictor))
+        methods[name] = _blind(predictor.correct)
+        methods[f"{name} --all"] = _blind(everything.correct)
     rows: list[Row] = []
     sets: dict[str, str] = {}
     for name, found in listed.items():

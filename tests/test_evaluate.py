@@ -357,6 +357,56 @@ def test_csv_json_and_text_say_the_same_as_the_rows(table, tmp_path, monkeypatch
     assert document["protocol"] == table.protocol
 
 
+def test_a_csv_that_cannot_be_written_is_found_out_before_the_work(tmp_path, monkeypatch, capsys):
+    root = write_triplets(tmp_path / "set")
+    (tmp_path / "folder.csv").mkdir()
+    monkeypatch.setattr("evenlight.pipeline.evaluate.open_case", None)
+    arguments = ("evaluate", "--data", f"triplets:{root}", "--csv")
+    for name, said in [("folder.csv", "it is a folder"), ("none/rows.csv", "No such file")]:
+        assert run_cli(monkeypatch, *arguments, tmp_path / name) == 2
+        assert f"{name} cannot be written: {said}" in capsys.readouterr().err
+
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("tempfile.TemporaryFile", full)
+    assert run_cli(monkeypatch, *arguments, tmp_path / "rows.csv") == 2
+    assert "No space left" in capsys.readouterr().err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["folder.csv", "set"]
+
+
+def test_the_table_is_printed_though_the_csv_fails_and_written_though_printing_fails(
+    tmp_path, monkeypatch, capsys
+):
+    root, rows = write_triplets(tmp_path / "set"), tmp_path / "rows.csv"
+    arguments = ("evaluate", "--data", f"triplets:{root}", "--csv", rows)
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("evenlight.cache.files.atomic_write", full)
+        assert run_cli(monkeypatch, *arguments) == 1
+    said = capsys.readouterr()
+    assert "film rule" in said.out and "No space left" in said.err and not rows.exists()
+    with monkeypatch.context() as patch:
+        patch.setattr("typer.echo", full)
+        assert run_cli(monkeypatch, *arguments) == 1
+    assert "film rule" in rows.read_text()
+
+
+@pytest.mark.parametrize("name", ["caf\udce9", "two\nlines", "\x1b[31mred"])
+def test_names_of_any_bytes_come_out_as_one_harmless_line(name, tmp_path, monkeypatch, capsys):
+    root = write_triplets(tmp_path / name)
+    rows = tmp_path / "rows.csv"
+    assert run_cli(monkeypatch, "evaluate", "--data", f"triplets:{root}", "--csv", rows) == 0
+    printed = capsys.readouterr().out
+    assert len(list(csv.DictReader(rows.open()))) == 3 * len({*BASELINES, *ORACLES})
+    for text in (printed, rows.read_text()):
+        assert f"{tmp_path}/" in text and "\x1b" not in text and "two\nlines" not in text
+        text.encode()
+
+
 def test_the_digest_of_a_set_follows_its_photos_and_not_its_place(tmp_path):
     def digest(root: Path) -> str:
         (value,) = evaluate([], [f"triplets:{root}"]).sets.values()
