@@ -3,6 +3,7 @@
 Every byte of a store goes to disk through `atomic_write`. POSIX only (flock, fsync of folders).
 """
 
+import atexit
 import contextlib
 import fcntl
 import functools
@@ -11,7 +12,9 @@ import json
 import os
 import re
 import secrets
+import shutil
 import socket
+import tempfile
 import time
 from collections.abc import Callable
 from datetime import UTC, datetime
@@ -85,6 +88,32 @@ def clean_temporaries(folder: Path) -> list[Path]:
     for path in litter:
         path.unlink(missing_ok=True)
     return litter
+
+
+def private_folder(prefix: str) -> Path:
+    """A new temporary folder that goes when this process ends.
+
+    Those of this prefix whose process was killed go now: its lock on the folder is gone with it.
+    """
+    for left in Path(tempfile.gettempdir()).glob(f"{prefix}*"):
+        with contextlib.suppress(OSError):  # of another user, or in use
+            if time.time() - left.stat().st_mtime > 60:  # younger: may not have its lock yet
+                os.close(_locked(left))
+                shutil.rmtree(left, ignore_errors=True)
+    folder = Path(tempfile.mkdtemp(prefix=prefix))
+    _locked(folder)  # kept open, and so locked, until the end
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder
+
+
+def _locked(folder: Path) -> int:
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(descriptor)
+        raise
+    return descriptor
 
 
 def sha256_bytes(data: bytes) -> str:

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from evenlight.cache.errors import StoreError, UsageError
-from evenlight.cache.files import Lock, make_folder
+from evenlight.cache.files import Lock, clean_temporaries, make_folder
 from evenlight.cache.store import Store
 from evenlight.pipeline import config
 from evenlight.pipeline.config import Given
@@ -58,6 +58,7 @@ def train(
         make_folder(out)
         # a second run must be refused before it reads the store or writes anything
         with Lock(out / ".lock", f"run {out}") as lock:
+            clean_temporaries(out)
             tensors = {f"judge.{name}": tensor for name, tensor in judge.tensors.items()}
             return run_training(
                 load_data(source, settings.train.size, device, on_progress),

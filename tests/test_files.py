@@ -5,6 +5,8 @@ import json
 import os
 import signal
 import socket
+import subprocess
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -209,3 +211,50 @@ def test_leaving_a_lock_in_a_forked_child_does_not_free_it(tmp_path):
         os.waitpid(child, 0)
         with pytest.raises(StoreError, match="is in use by"):
             files.Lock(tmp_path / "lock", "the store").__enter__()
+
+
+PREFIX = "evenlight-test-"
+HOLD = f"""
+import sys, time
+from evenlight.cache.files import private_folder
+print(private_folder({PREFIX!r}), flush=True)
+(time.sleep if len(sys.argv) > 1 else int)(60)
+"""
+
+
+def holder(tmp_path, *arguments):
+    """A process with a private folder under tmp_path, and that folder, an hour old."""
+    child = subprocess.Popen(
+        [sys.executable, "-c", HOLD, *arguments],
+        env=os.environ | {"TMPDIR": str(tmp_path)},
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    folder = Path(child.stdout.readline().strip())
+    if folder.exists():
+        os.utime(folder, (time.time() - 3600,) * 2)
+    return child, folder
+
+
+def test_private_folders_go_with_their_process_and_those_of_killed_ones_with_the_next(
+    tmp_path, monkeypatch
+):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    (tmp_path / "evenlight-other").mkdir()
+    ended, folder = holder(tmp_path)
+    assert ended.wait() == 0 and not folder.exists()
+    (killed, left), (living, used) = (holder(tmp_path, "stay") for _ in range(2))
+    killed.kill()
+    killed.wait()
+    assert left.exists()
+    mine = files.private_folder(PREFIX)
+    try:
+        names = {path.name for path in tmp_path.iterdir()}
+        assert names == {"evenlight-other", used.name, mine.name}
+    finally:
+        living.kill()
+        living.wait()
+    fresh = tmp_path / f"{PREFIX}fresh"
+    fresh.mkdir()
+    files.private_folder(PREFIX)
+    assert fresh.exists() and not used.exists()

@@ -68,6 +68,13 @@ def test_two_trainings_of_one_folder_are_refused_before_anything_is_read_or_writ
     assert [path.name for path in tmp_path.iterdir()] == [".lock"]
 
 
+def test_what_a_killed_training_left_goes_with_the_next(store, tmp_path, monkeypatch):
+    (tmp_path / ".corrector.json.00.evenlight-tmp").touch()
+    monkeypatch.setattr("evenlight.pipeline.train.run_training", lambda *_, **__: None)
+    train(store.path, tmp_path, settings=SETTINGS, models=Models(ToySegmenter(), ToyClip()))
+    assert [path.name for path in tmp_path.iterdir()] == [".lock"]
+
+
 def test_training_sees_what_correcting_sees(store):
     """Cached features, brought to the working size, equal those made afresh from the file."""
     data = load_data(store, 64, "cpu")

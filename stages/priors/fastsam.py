@@ -4,11 +4,8 @@ Shapes: B batch, C channels, H W pixels, h w = H/4 W/4, A anchors, K masks.
 The caller gives photos after the mean-luma rule; nothing here corrects exposure.
 """
 
-import atexit
 import os
-import shutil
 import sys
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional
 
+from evenlight.cache.files import private_folder
 from evenlight.stages.priors.fastsam_weights import read_weights, unusable
 from evenlight.stages.priors.fingerprints import of_segmenter, segmenter_file
 from evenlight.stages.priors.protocols import Regions
@@ -28,13 +26,12 @@ from evenlight.stages.settings import RegionSettings
 
 def _import_ultralytics() -> Any:
     """ultralytics.nn.tasks with every switch of its network, pip and telemetry habits off."""
-    config = tempfile.mkdtemp(prefix="evenlight-ultralytics-")
-    atexit.register(shutil.rmtree, config, ignore_errors=True)
+    config = private_folder("evenlight-ultralytics-")
     os.environ.update(
         YOLO_OFFLINE="true",
         YOLO_AUTOINSTALL="false",
         ULTRALYTICS_SAFE_LOAD="1",
-        YOLO_CONFIG_DIR=config,
+        YOLO_CONFIG_DIR=str(config),
         YOLO_VERBOSE="false",
     )
     # The import sets OMP_NUM_THREADS for our children and turns OpenCV's threads off: undo both.
