@@ -84,6 +84,26 @@ def test_the_last_two_and_the_best_are_kept(tmp_path):
     assert checkpoint_steps(tmp_path) == [2, 4, 5]
 
 
+def test_a_checkpoint_is_whole_before_it_has_its_name_and_its_name_is_on_disk(
+    tmp_path, monkeypatch
+):
+    events = []
+    rename = Path.rename
+
+    def traced_rename(path, target):
+        load_tensors(path / "state")
+        events.append(("rename", target.name))
+        return rename(path, target)
+
+    save(tmp_path, 1)
+    monkeypatch.setattr(Path, "rename", traced_rename)
+    monkeypatch.setattr(
+        checkpoint, "sync_folder", lambda folder: events.append(("sync", folder.name))
+    )
+    save(tmp_path, 2)
+    assert events == [("rename", "step_0000002"), ("sync", tmp_path.name)]
+
+
 def test_channels_last_and_shared_tensors_come_back_equal(tmp_path):
     x = torch.randn(2, 3, 4, 5).to(memory_format=torch.channels_last)
     save_tensors(tmp_path / "prompts", {"a": x, "b": x}, {"note": "two names"})

@@ -76,6 +76,21 @@ def test_file_and_name_are_on_disk_in_that_order_when_a_write_returns(tmp_path, 
     assert events == [("fsync", temporary), ("replace", temporary), ("fsync", str(tmp_path))]
 
 
+def test_a_new_folder_is_on_disk_name_by_name(tmp_path, monkeypatch):
+    events = []
+    mkdir = os.mkdir
+
+    def traced_mkdir(path, *args):
+        mkdir(path, *args)
+        events.append(("mkdir", Path(path).name))
+
+    monkeypatch.setattr(os, "mkdir", traced_mkdir)
+    monkeypatch.setattr(files, "sync_folder", lambda folder: events.append(("sync", folder.name)))
+    files.make_folder(tmp_path / "a" / "b")
+    files.make_folder(tmp_path / "a" / "b")
+    assert events == [("mkdir", "a"), ("sync", tmp_path.name), ("mkdir", "b"), ("sync", "a")]
+
+
 def test_litter_is_removed_and_nothing_else(tmp_path):
     ours = tmp_path / "a" / f".x.0011223344556677{files.TEMPORARY_SUFFIX}"
     zarrs = tmp_path / "a" / "b" / f"zarr.{'0123456789abcdef' * 2}.partial"

@@ -118,37 +118,41 @@ def test_an_hdf5_file_of_images_makes_the_same_priors_as_the_photos(photos, tmp_
             assert np.array_equal(one.rows(array, slots), other.rows(array, slots))
 
 
-SAMPLE_VALUES = {
-    "photo.size": 96, "photo.max_megapixels": 64, "regions.confidence": 0.2, "regions.iou": 0.5,
-    "regions.min_area": 0.01, "regions.max_regions": 9, "regions.side": 256, "clip.model": "other",
-    "clip.mean": (0.1, 0.2, 0.3), "clip.std": (0.1, 0.2, 0.3), "clip.image_size": 96,
-    "ladder.family": "ps", "ladder.offsets": (-1.0, 0.0, 1.0),
-    "ladder.regions": 2, "judge.prior_good": 0.2,
-    "ladder.min_region_area": 0.1, "pseudo_gt.regional": False, "pseudo_gt.search": "grid",
-    "pseudo_gt.max_strength": 1.0,
+# What each setting decides: part of the store -> setting -> another value than that of SETTINGS.
+DECIDES = {
+    "photo": {"photo.size": 96, "photo.max_megapixels": 64},
+    "regions": {
+        "regions.confidence": 0.2, "regions.iou": 0.5, "regions.min_area": 0.01,
+        "regions.max_regions": 9, "regions.side": 256,
+    },
+    "embeddings": {
+        "clip.model": "other", "clip.mean": (0.1, 0.2, 0.3), "clip.std": (0.1, 0.2, 0.3),
+        "clip.image_size": 96, "ladder.family": "ps", "ladder.offsets": (-1.0, 0.0, 1.0),
+        "ladder.regions": 2, "ladder.min_region_area": 0.1,
+    },
+    "pseudo_gt": {
+        "judge.prior_good": 0.2, "pseudo_gt.regional": False, "pseudo_gt.search": "grid",
+        "pseudo_gt.max_strength": 1.0,
+    },
 }  # fmt: skip
 ALONGSIDE = {"ladder.family": {"pseudo_gt.search": "grid"}}  # the judge reads film ladders alone
-BY_CONTENT = {"regions.segmenter", "clip.weights"}
+BY_CONTENT = {"regions.segmenter": "elsewhere", "clip.weights": "elsewhere"}  # decide no part
 
 
 @pytest.mark.parametrize("key", sorted(config.setting_types()))
 def test_every_setting_makes_exactly_its_parts_stale(key, finished):
-    """A new setting without a sample value fails here: say what it touches."""
+    """A new setting that decides a part and stands not above fails here: say what it touches."""
     with Store.open(finished[0]) as store:
         record = store.record(0)
         models = {"regions": "s", "embeddings": "c", "pseudo_gt": "p"}
         fresh = plan_unit(0, record.photos, None, SETTINGS, models).fingerprints
-    part = config.affected_by(key)
-    if part not in PARTS or key in BY_CONTENT:
-        value = "elsewhere" if key in BY_CONTENT else None
-        expected = ()
-    else:
-        value, expected = SAMPLE_VALUES[key], parts_from(part)
-    flat = config.flatten(config.to_dict(SETTINGS))
-    also = ALONGSIDE.get(key, {})
-    changed = config.from_flat(flat | ({key: value} | also if value is not None else {}))
+    values = BY_CONTENT | {k: v for part in DECIDES.values() for k, v in part.items()}
+    part = next((part for part, keys in DECIDES.items() if key in keys), None)
+    assert (config.affected_by(key) in PARTS) == (key in values)
+    flat = config.flatten(config.to_dict(SETTINGS)) | ALONGSIDE.get(key, {})
+    changed = config.from_flat(flat | ({key: values[key]} if key in values else {}))
     now = plan_unit(0, record.photos, None, changed, models).fingerprints
-    assert tuple(p for p in PARTS if now[p] != fresh[p]) == expected
+    assert tuple(p for p in PARTS if now[p] != fresh[p]) == (parts_from(part) if part else ())
 
 
 @pytest.mark.parametrize(
@@ -422,6 +426,25 @@ def test_a_photo_that_could_not_be_read_for_a_moment_is_made_by_the_next_run(
     report = precompute(photos, tmp_path / "S", settings=SETTINGS, models=toys())
     assert (report.failed, report.units_made) == ([], 1)
     assert digest(tmp_path / "S") == finished[1]
+
+
+def test_a_photo_that_changes_while_it_is_read_is_never_stored_under_its_old_digest(
+    photos, finished, tmp_path, monkeypatch
+):
+    read, calls = PhotoSource.read_bytes, []
+
+    def other_bytes(source):
+        calls.append(source.name)
+        data = read(source)
+        changes = source.name == "photo_001.png" and calls.count(source.name) == 2
+        return (photos / "photo_002.png").read_bytes() if changes else data
+
+    with monkeypatch.context() as patch:
+        patch.setattr(PhotoSource, "read_bytes", other_bytes)
+        report = run(photos, tmp_path / "S")
+    said = "the file changed while this run was reading it"
+    assert report.failed == [("photo_001.png", said)]
+    assert run(photos, tmp_path / "S").units_made == 1 and digest(tmp_path / "S") == finished[1]
 
 
 def test_failed_photos_are_tried_again_where_asked_and_only_the_part_that_failed(

@@ -402,6 +402,22 @@ def test_workers_write_different_units_into_one_store(filled, tmp_path):
         assert store.digest() == Store.open(filled).digest()
 
 
+def test_a_run_that_is_taken_over_between_shards_and_record_writes_no_record(path, monkeypatch):
+    write = files.atomic_write
+
+    def taken_over_after(target, written):
+        write(target, written)
+        if target.parent.name == "strength":
+            (path / "evenlight" / "lock").write_text("another run")
+
+    with Store.create_or_open(path) as store:
+        monkeypatch.setattr(files, "atomic_write", taken_over_after)
+        with pytest.raises(StoreError, match="taken over by another run"):
+            store.write_parts(0, photos_of(store, 0), data(version="2"))
+    monkeypatch.undo()
+    assert not Store.open(path).record(0).parts
+
+
 def test_a_worker_stops_writing_when_its_run_is_gone(path):
     with Store.create_or_open(path):
         worker = Store.attach(path)

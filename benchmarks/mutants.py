@@ -1,0 +1,352 @@
+"""Safeties removed one at a time: some test must fail for each (`python -m benchmarks.mutants`).
+
+Each row names a safety, the exact text that holds it, what stands there without it, and the tests
+that must notice.  Every mutant is tried in a copy of the checkout; a test that fails kills it.
+"""
+
+import argparse
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).parent.parent
+
+
+class Mutant(NamedTuple):
+    safety: str
+    file: str
+    text: str  # stands once in the file
+    instead: str
+    tests: str  # arguments of pytest; "test_x.py::name" lies in tests/
+
+
+FILES, SCHEMA, RECORDS = "cache/files.py", "cache/schema.py", "cache/records.py"
+SHARDS, STORE, SETTINGS = "cache/shards.py", "cache/store.py", "stages/settings.py"
+PRECOMPUTE, UNITS, SCHEDULE = "pipeline/precompute.py", "pipeline/units.py", "pipeline/schedule.py"
+CHECKPOINT, RUN, TRAINING = (
+    f"stages/corrector/{name}.py" for name in ("checkpoint", "run", "training")
+)
+WEIGHTS, FASTSAM = "stages/priors/fastsam_weights.py", "stages/priors/fastsam.py"
+REPORT, DOORS = "pipeline/report.py", "test_doors.py"
+EVERY_SETTING = "test_precompute.py -k every_setting"
+
+MUTANTS = (
+    # Files
+    Mutant("the data of a file is on disk", FILES,
+           "            os.fsync(descriptor)\n", "",
+           "test_files.py::test_file_and_name_are_on_disk_in_that_order_when_a_write_returns"),
+    Mutant("the name of a file is on disk", FILES,
+           "        raise\n    sync_folder(path.parent)\n", "        raise\n",
+           "test_files.py::test_file_and_name_are_on_disk_in_that_order_when_a_write_returns"),
+    Mutant("a file is written under a temporary name", FILES,
+           'path.with_name(f".{start}.{secrets.token_hex(8)}{TEMPORARY_SUFFIX}")',
+           "path\n    path.unlink(missing_ok=True)",
+           "test_files.py::test_a_failed_write_leaves_the_old_file_and_no_temporary"),
+    Mutant("a failed write leaves no temporary", FILES,
+           "        temporary.unlink(missing_ok=True)\n", "",
+           "test_files.py::test_a_failed_write_leaves_the_old_file_and_no_temporary"),
+    Mutant("a write that the system cuts is taken up", FILES,
+           "            while remaining:\n", "            if remaining:\n",
+           "test_files.py::test_a_write_that_the_system_cuts_into_pieces_is_whole"),
+    Mutant("the name of a new folder is on disk", FILES,
+           "    folder.mkdir(exist_ok=True)\n    sync_folder(folder.parent)\n",
+           "    folder.mkdir(exist_ok=True)\n",
+           "test_files.py::test_a_new_folder_is_on_disk_name_by_name"),
+    Mutant("JSON is sealed", FILES,
+           "    if seal != sha256_bytes(canonical_json(document)):", "    if False:",
+           "test_files.py::test_any_flipped_bit_of_sealed_json_is_an_error_or_changes_nothing"),
+    Mutant("NaN is no JSON", FILES, "allow_nan=False", "allow_nan=True",
+           "test_files.py::test_what_is_no_sealed_json_is_refused_by_name"),
+    Mutant("a document has the types it should", FILES,
+           "_adapter(kind).validate_python(document)",
+           "kind(**{k: v for k, v in document.items() if k in kind.__dataclass_fields__})",
+           "test_documents.py::test_a_refusal_names_file_and_field"),
+    Mutant("one writer at a time", FILES,
+           "        try:\n            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)\n",
+           "        try:\n",
+           "test_files.py::test_of_two_runs_one_is_refused_by_name_and_a_killed_one_is_taken_over"),
+    Mutant("a child does not keep the lock of a killed parent", FILES,
+           "os.register_at_fork(after_in_child=_forget_locks_in_child)\n", "",
+           "test_files.py::test_a_child_that_outlives_a_killed_holder_does_not_keep_its_lock"),
+    Mutant("a run that lost its lock stops", FILES,
+           "    if read_token(path) != token:", "    if False:",
+           "test_store.py::test_a_worker_stops_writing_when_its_run_is_gone"),
+    Mutant("litter of killed runs goes", FILES,
+           "    for path in litter:\n        path.unlink(missing_ok=True)\n", "",
+           "test_files.py::test_litter_is_removed_and_nothing_else"),
+    Mutant("folders of living processes stay", FILES,
+           "                os.close(_locked(left))\n", "",
+           "test_files.py -k private_folders"),
+    # Schema and records
+    Mutant("a store of a newer schema is refused", SCHEMA,
+           "    if found != SCHEMA:", "    if False:",
+           "test_store.py::test_a_record_of_another_schema_is_an_incomplete_unit"),
+    Mutant("a unit has a sane number of photos", SCHEMA,
+           '        assert 1 <= self.unit_size <= MOST_PHOTOS, f"unit_size {self.unit_size}"\n', "",
+           "test_documents.py::test_a_refusal_names_file_and_field"),
+    Mutant("other bytes are another photo", SCHEMA,
+           "[(p.name, p.sha256) for p in self.photos] == [(p.name, p.sha256) for p in photos]",
+           "[p.name for p in self.photos] == [p.name for p in photos]",
+           "test_precompute.py -k one_changed_byte"),
+    Mutant("units of absent photos take no new one", SCHEMA,
+           "            if name is None and new and slot // self.unit_size not in closed:",
+           "            if name is None and new:",
+           "test_store.py::test_units_that_must_stay_take_no_new_photo"),
+    Mutant("a shard has the digest of its record", RECORDS,
+           "    if digest != stored.sha256:", "    if False:",
+           "test_store_damage.py::test_any_flipped_bit_of_a_part_is_seen"),
+    Mutant("a record is of its unit", RECORDS,
+           "    if record.unit != unit or len(record.photos) != unit_size:", "    if False:",
+           "test_store_damage.py::test_records_that_changed_places_are_incomplete_units"),
+    Mutant("a missing note that a record names is damage", RECORDS,
+           "        if name not in there:", "        if False:",
+           "test_notes.py::test_a_note_that_a_record_names_and_that_is_gone_is_damage"),
+    Mutant("a photo counts only under its name", RECORDS,
+           "        if photo.status == OK and photo.name == name\n",
+           "        if photo.status == OK\n",
+           "test_cli.py -k forgotten"),
+    # Shards and store
+    Mutant("a chunk has a checksum", SHARDS, '"checksum": True', '"checksum": False',
+           "test_store.py::test_every_array_has_a_checksum_in_each_chunk_and_on_the_table_of_chunks"),
+    Mutant("empty entries are stored", SHARDS,
+           '{"write_empty_chunks": True}', '{"write_empty_chunks": False}',
+           "test_store.py -k entries_equal_to_fill"),
+    Mutant("zarr.json is sealed", SHARDS, "    if not intact:", "    if False:",
+           "test_store_damage.py::test_damaged_records_and_documents_end_in_an_incomplete_unit_or_a_refusal"),
+    Mutant("the old record goes before its shards", STORE,
+           "            if before is not None and kept != before.parts:", "            if False:",
+           "test_store_kills.py::test_shards_are_on_disk_before_the_record_and_the_old_record_gone_before_them"),
+    Mutant("the lock is confirmed before the record", STORE,
+           "            self._check_holder()  # else a run that took over could meet our shards\n", "",
+           "test_store.py::test_a_run_that_is_taken_over_between_shards_and_record_writes_no_record"),
+    Mutant("the digest of a shard is checked at first use", STORE,
+           "                self._check(unit, name, reader)\n", "",
+           "test_store_damage.py::test_any_flipped_bit_of_a_part_is_seen"),
+    Mutant("a unit that is written anew is checked anew", STORE,
+           "        self._distrust(unit)\n        with self._writing(f\"unit {unit}\"):\n            if before",
+           "        with self._writing(f\"unit {unit}\"):\n            if before",
+           "test_store.py::test_rewriting_a_part_drops_those_made_from_it_and_keeps_those_before"),
+    Mutant("an array stays while a unit has it", STORE,
+           "found.keys() - wanted.keys() - held", "found.keys() - wanted.keys()",
+           "test_store.py::test_an_array_that_is_no_longer_wanted_goes_once_no_unit_has_it"),
+    Mutant("a folder of something else is no store", STORE,
+           "        if path.exists() and not records.may_become_store(path):", "        if False:",
+           "test_store.py::test_what_is_no_store_is_refused_in_words"),
+    Mutant("the unit size is fixed", STORE,
+           "        if self.index.names and index.unit_size != self.index.unit_size:",
+           "        if False:",
+           "test_store.py::test_the_unit_size_is_fixed_when_a_store_is_made"),
+    Mutant("parts are written on those before them, of the same photos", STORE,
+           "        if {*kept, *parts} != set(schema.PARTS[:num_parts]):", "        if False:",
+           "test_store.py::test_a_part_is_not_written_without_those_before_it_of_the_same_photos"),
+    # Settings
+    Mutant("regions.confidence decides regions", SETTINGS,
+           'confidence: float = a_share(0.1, "regions")', 'confidence: float = a_share(0.1, "run")',
+           EVERY_SETTING),
+    Mutant("clip.image_size decides embeddings", SETTINGS,
+           'setting(0, "embeddings", low=32', 'setting(0, "run", low=32', EVERY_SETTING),
+    Mutant("ladder.offsets decides embeddings", SETTINGS,
+           '1.0, 1.4, 2.0), "embeddings"', '1.0, 1.4, 2.0), "pseudo_gt"', EVERY_SETTING),
+    Mutant("numbers have bounds", SETTINGS,
+           "        return self.low <= value <= self.high and", "        return",
+           "test_settings.py"),
+    # Precompute
+    Mutant("a photo is of the digest that it is stored under", UNITS,
+           "    if sha256_bytes(data) != photo.sha256:", "    if False:",
+           "test_precompute.py -k changes_while_it_is_read"),
+    Mutant("NaN of a model stays out of the store", UNITS,
+           "        if not np.isfinite(values[array.name]).all():", "        if False:",
+           "test_aspects.py -k numbers_that_are_not_finite"),
+    Mutant("a file that was away for a moment is tried again", UNITS,
+           "sha256=UNREAD if isinstance(error, _UnreadError) else photo.sha256",
+           "sha256=photo.sha256",
+           "test_precompute.py -k for_a_moment"),
+    Mutant("a worker that sees no file records nothing", UNITS,
+           "    _refuse_unseen(task)\n", "", "test_cluster.py -k sees_no_file"),
+    Mutant("two threads of a worker take turns", UNITS,
+           "    with _one_unit, Store.attach", "    with Store.attach",
+           "test_cluster.py -k take_turns"),
+    Mutant("MemoryError is of one photo", "pipeline/failures.py",
+           "    except MemoryError as error:", "    except ZeroDivisionError as error:",
+           "test_precompute.py -k more_memory"),
+    Mutant("a pseudo-GT of one colour is a failure", "pipeline/parts.py",
+           '    if _spread(made["pseudo_gt"]) == 0 and _spread(have["photo"]) > FLAT:',
+           "    if False:", "test_precompute.py -k one_colour"),
+    Mutant("what cannot be made anew is refused", PRECOMPUTE,
+           "        _refuse_without_files(target, plans, sources, photos)\n", "",
+           "test_precompute.py -k refused_before_anything"),
+    Mutant("photos of the same names are refused", PRECOMPUTE,
+           "            _refuse_namesakes(target, folder, sources, digests)\n", "            pass\n",
+           "test_precompute.py -k names_of_others"),
+    Mutant("settings enter the store once used", PRECOMPUTE,
+           "target.write_index(index.from_folder(str(folder)))",
+           "target.write_index(index.from_folder(str(folder)));"
+           " _record_settings(target, settings)",
+           "test_precompute.py -k only_once_a_unit"),
+    Mutant("whole paths are sent", PRECOMPUTE, "Path(photos).absolute()", "Path(photos)",
+           "test_cluster.py -k relative_paths"),
+    Mutant("another folder adds its photos", PRECOMPUTE,
+           "{} if prune else absent", "{}", "test_precompute.py -k another_folder_adds"),
+    Mutant("our cluster listens on loopback", SCHEDULE,
+           'host="127.0.0.1"', 'host="0.0.0.0"', "test_schedule.py -k loopback"),
+    Mutant("a scheduler that is gone is one sentence", SCHEDULE,
+           "    except (FutureCancelledError, CommClosedError) as error:",
+           "    except ZeroDivisionError as error:", "test_cluster.py -k scheduler"),
+    Mutant("a judge of NaN is refused", "pipeline/models.py",
+           "        assert all(bool(x.isfinite().all()) for x in judge.tensors.values()),"
+           ' "NaN or infinity"\n', "",
+           "test_documents.py -k judge_of_nan"),
+    Mutant("stale units are not trained on", "pipeline/train.py",
+           "        if plan.todo:\n", "        if False:\n", "test_train_run.py -k stale"),
+    # Training
+    Mutant("a checkpoint's name is on disk", CHECKPOINT,
+           "    building.rename(final)\n    sync_folder(folder)\n", "    building.rename(final)\n",
+           "test_checkpoint.py -k its_name_is_on_disk"),
+    Mutant("a checkpoint is built under another name", CHECKPOINT,
+           '    building = folder / f"{_BUILDING}{final.name}"\n', "    building = final\n",
+           "test_checkpoint.py -k its_name_is_on_disk"),
+    Mutant("what was written is read back", CHECKPOINT,
+           '"info": info})\n    load_tensors(stem)\n', '"info": info})\n',
+           "test_checkpoint.py -k stores_something_else"),
+    Mutant("tensors have their digest", CHECKPOINT,
+           "    if len(data) != seal.bytes or sha256_bytes(data) != seal.tensors:",
+           "    if len(data) != seal.bytes:", "test_checkpoint.py -k 110_damaged"),
+    Mutant("two checkpoints are kept", CHECKPOINT, "KEEP = 2 ", "KEEP = 1 ",
+           "test_checkpoint.py -k last_two"),
+    Mutant("the best checkpoint is kept", CHECKPOINT, " - {best}:", ":",
+           "test_checkpoint.py -k last_two"),
+    Mutant("a corrector's weights are finite", CHECKPOINT,
+           "    if not all(bool((x.abs() < LARGEST).all()) for x in weights.values()):",
+           "    if False:", "test_checkpoint.py -k or_nan"),
+    Mutant("a run of other settings is not resumed", RUN,
+           "        if before != value:", "        if False:",
+           "test_training.py -k other_settings"),
+    Mutant("a run whose folder is gone writes no log", RUN,
+           '        record = {"step": step} | record\n        self.lock.confirm()\n',
+           '        record = {"step": step} | record\n', "test_training.py -k folder_vanishes"),
+    Mutant("a run whose folder is gone writes no checkpoint", RUN,
+           "untouched.\"\"\"\n        self.lock.confirm()\n", "untouched.\"\"\"\n",
+           "test_training.py -k folder_vanishes"),
+    Mutant("a damaged line of the log is dropped", RUN,
+           "    with suppress(ValueError, KeyError, TypeError, RecursionError):",
+           "    with suppress():", "test_training.py -k damaged_lines"),
+    Mutant("training stops before a NaN is taken in", TRAINING,
+           "        if not (math.isfinite(loss.item()) and math.isfinite(norm.item())):",
+           "        if False:", "test_training.py -k nan_stops"),
+    Mutant("a refused run keeps its settings.toml", TRAINING,
+           "    run = begin(",
+           '    atomic_write(lock.path.parent / "settings.toml", kept.toml.encode())\n'
+           "    run = begin(", "test_training.py -k leaves_the_settings"),
+    # Doors
+    Mutant("ultralytics loads without trust", FASTSAM,
+           '        ULTRALYTICS_SAFE_LOAD="1",\n', "", DOORS + " -k ultralytics"),
+    Mutant("ultralytics keeps its settings out of the home", FASTSAM,
+           "        YOLO_CONFIG_DIR=str(config),\n", "", DOORS + " -k ultralytics"),
+    Mutant("ultralytics stays offline", FASTSAM, '        YOLO_OFFLINE="true",\n', "",
+           DOORS + " -k ultralytics"),
+    Mutant("ultralytics installs nothing", FASTSAM, '        YOLO_AUTOINSTALL="false",\n', "",
+           DOORS + " -k ultralytics"),
+    Mutant("weights are stored, not compressed", WEIGHTS,
+           "        if any(entry.compress_type != ZIP_STORED for entry in entries):",
+           "        if False:", "test_fastsam_weights.py -k compressed"),
+    Mutant("zip entries do not overlap", WEIGHTS,
+           "        if sum(entry.file_size for entry in entries) > path.stat().st_size:",
+           "        if False:", DOORS + " -k overlap"),
+    Mutant("weights name nothing foreign", WEIGHTS,
+           "        if foreign := [n for n in names"
+           " if not n.startswith(allowed) and n not in HARMLESS]:\n",
+           "        if foreign := []:\n", "test_fastsam_weights.py -k runs_a_command"),
+    Mutant("modules that hold each other end", WEIGHTS,
+           "        if visited + len(pending) > MAX_MODULES:", "        if visited > 10**6:",
+           "test_fastsam_weights.py -k hold_each_other"),
+    Mutant("a profile does not swell", "stages/photos/metadata.py",
+           "inflater.decompress(packed, _MAX_ICC)", "inflater.decompress(packed)",
+           DOORS + " -k swells"),
+    Mutant("a photo's size is bounded by its header", "stages/photos/decode.py",
+           "        _refuse_size(opened, max_megapixels)\n", "",
+           "test_images_malformed.py -k 'the_limit_is_the_setting'"),
+    Mutant("scans times pixels are bounded", "stages/photos/decode.py",
+           "        _refuse_scans(data, opened, format)\n", "",
+           "test_images_malformed.py -k thousand_scans"),
+    Mutant("the title of a report is escaped", REPORT,
+           "<h1>{html.escape(title)}</h1>", "<h1>{title}</h1>", DOORS + " -k escaped"),
+    Mutant("names in a report are escaped", REPORT,
+           "<h2>{html.escape(example.name)}</h2>", "<h2>{example.name}</h2>", DOORS + " -k escaped"),
+    Mutant("methods in a report are escaped", REPORT,
+           "<td>{html.escape(row.method)}</td>", "<td>{row.method}</td>", DOORS + " -k escaped"),
+    Mutant("a second signal ends at once", "cli.py",
+           "        signal.signal(stop, signal.SIG_DFL)  # a second one ends the process at once\n",
+           "        pass\n", DOORS + " -k signal"),
+    Mutant("the path of --csv is tried first", "cli.py",
+           "        _try_to_write(csv)\n", "        pass\n", "test_evaluate.py -k found_out_before"),
+    Mutant("memory that lacks is a sentence", "cli.py",
+           "    except MemoryError as error:", "    except ZeroDivisionError as error:",
+           "test_cli.py -k one_sentence_and_their_code"),
+)  # fmt: skip
+
+
+def copied_checkout(folder: Path) -> Path:
+    """What git tracks, or would, as an importable copy."""
+    listed = subprocess.run(
+        ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
+        cwd=ROOT, capture_output=True, check=True, text=True,
+    ).stdout.split("\0")  # fmt: skip
+    for name in filter(None, listed):
+        if (ROOT / name).is_file():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(ROOT / name, folder / name)
+    (folder / ".typing").mkdir()
+    (folder / ".typing" / "evenlight").symlink_to("..")
+    return folder
+
+
+def passes(copy: Path, tests: str, most_s: int) -> bool | None:
+    """Whether the tests pass in the copy; None where they do not run at all."""
+    arguments = [
+        x if x.startswith("-") or ".py" not in x else f"tests/{x}" for x in shlex.split(tests)
+    ]
+    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *arguments]
+    environment = os.environ | {
+        "PYTHONPATH": str(copy / ".typing"), "PYTHONDONTWRITEBYTECODE": "1", "PYTEST_ADDOPTS": "",
+    }  # fmt: skip
+    try:
+        done = subprocess.run(
+            command, cwd=copy, env=environment, capture_output=True, timeout=most_s
+        )
+    except subprocess.TimeoutExpired:
+        return False
+    return {0: True, 1: False}.get(done.returncode)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--only", default="", help="mutants whose safety or file holds this text")
+    parser.add_argument("--most-seconds", type=int, default=300, help="for the tests of one mutant")
+    options = parser.parse_args()
+    chosen = [m for m in MUTANTS if options.only in m.safety or options.only in m.file]
+    lived = []
+    with tempfile.TemporaryDirectory() as folder:
+        copy = copied_checkout(Path(folder))
+        for mutant in chosen:
+            begun, path = time.monotonic(), copy / mutant.file
+            whole = path.read_text()
+            path.write_text(whole.replace(mutant.text, mutant.instead, 1))
+            verdict = passes(copy, mutant.tests, options.most_seconds)
+            path.write_text(whole)
+            word = {True: "LIVES", False: "killed", None: "NO TEST RAN"}[verdict]
+            if verdict is not False:
+                lived.append(mutant.safety)
+            seconds = time.monotonic() - begun
+            print(f"{word:12} {seconds:5.0f} s  {mutant.file}: {mutant.safety}", flush=True)
+    print(f"{len(chosen) - len(lived)} of {len(chosen)} mutants killed")
+    return bool(lived)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
