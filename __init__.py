@@ -9,7 +9,8 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from evenlight.pipeline.correct import correct, correct_files
+    from evenlight.pipeline.correct import correct_files
+    from evenlight.pipeline.correct_photo import correct
     from evenlight.pipeline.evaluate import evaluate
     from evenlight.pipeline.judge import tune_clip
     from evenlight.pipeline.load import load_predictor
@@ -24,7 +25,7 @@ __all__ = [
 ]  # fmt: skip
 _HOMES = {
     "Predictor": "evenlight.stages.corrector.predictor",
-    "correct": "evenlight.pipeline.correct",
+    "correct": "evenlight.pipeline.correct_photo",
     "correct_files": "evenlight.pipeline.correct",
     "evaluate": "evenlight.pipeline.evaluate",
     "load_predictor": "evenlight.pipeline.load",

@@ -1,9 +1,13 @@
 """The command line: parse, call one function of the pipeline, print, exit with a code."""
 
+import contextlib
 import errno
+import logging
 import signal
+import sys
 import tempfile
 from dataclasses import asdict
+from enum import StrEnum
 from pathlib import Path
 from types import FrameType
 from typing import Annotated, Any
@@ -14,13 +18,16 @@ from evenlight import __version__
 from evenlight.cache.errors import EnvironmentLacks, EvenlightError, StoreError, UsageError
 from evenlight.pipeline.console import (
     emit,
+    listen,
     print_failures,
     print_passed_over,
     print_tree,
     progress,
+    silent,
     stderr,
 )
 
+log = logging.getLogger("evenlight")
 SOME_FAILED, USAGE, STORE, ENVIRONMENT = 1, 2, 3, 4
 ALL_PHOTOS = ["judge.prior_good=0"]  # a priori no photo is good
 EXIT_CODES: tuple[tuple[type[EvenlightError], int], ...] = (
@@ -30,11 +37,15 @@ EXIT_CODES: tuple[tuple[type[EvenlightError], int], ...] = (
     (EvenlightError, SOME_FAILED),
 )
 
+# What click raises, of which newer versions of typer have their own copy.
+BadUsage: type[Exception] = typer.BadParameter.__mro__[1]
+
 app = typer.Typer(
     help="Mend badly exposed photographs; learn to do so from unlabelled photos.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
 )
 cache_app = typer.Typer(help="Look into a store of priors.", no_args_is_help=True)
 weights_app = typer.Typer(help="Official weights.", no_args_is_help=True)
@@ -49,6 +60,11 @@ ConfigOption = Annotated[Path | None, typer.Option("--config", help="TOML file o
 SetOption = Annotated[
     list[str] | None, typer.Option("--set", help="section.key=value; repeatable.")
 ]
+
+
+class Overwrite(StrEnum):
+    changed = "changed"
+    all = "all"
 
 
 @app.callback(invoke_without_command=True)
@@ -185,38 +201,70 @@ def evaluate(
 
 @app.command()
 def correct(
-    photos: Annotated[list[Path], typer.Argument(help="Photos or folders.")],
-    out: Annotated[Path, typer.Option("-o", "--out", help="Folder for corrected photos.")],
+    photos: Annotated[
+        list[Path], typer.Argument(help="Photos, folders, HDF5 files, or - (stdin).")
+    ],
+    out: Annotated[
+        Path,
+        typer.Option("-o", "--out", help="Folder; or, for one photo, a file, or - (stdout)."),
+    ],
     model: ModelOption = None,
     strength: Annotated[
-        float, typer.Option(min=0, max=1, help="0 leaves photos as they are, 1 is all.")
+        float, typer.Option(min=0, max=1.5, help="0 leaves photos as they are, 1 is all.")
     ] = 1.0,
-    overwrite: Annotated[bool, typer.Option(help="Replace outputs of earlier runs.")] = False,
+    overwrite: Annotated[
+        Overwrite,
+        typer.Option(help="Replace outputs that are there: of what changed, or all (--overwrite)."),
+    ] = Overwrite.changed,
+    skip: Annotated[bool, typer.Option("--skip", help="Replace no output that is there.")] = False,
     everything: Annotated[
         bool, typer.Option("--all", help="Correct good photos too, as published protocols do.")
     ] = False,
+    suffix: Annotated[str, typer.Option(help="Put behind the name of every output.")] = "",
+    format_: Annotated[
+        str, typer.Option("--format", help="jpeg, png, tiff, webp, or same.")
+    ] = "same",
+    quality: Annotated[
+        int | None, typer.Option(min=1, max=100, help="Of lossy formats; default: as it came.")
+    ] = None,
+    workers: Annotated[int, typer.Option(min=1, help="Processes.")] = 1,
+    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:N or auto.")] = "",
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Only tell what would be done.")
+    ] = False,
+    quiet: Annotated[bool, typer.Option("-q", "--quiet", help="Only what failed.")] = False,
+    verbose: Annotated[bool, typer.Option("-v", "--verbose", help="What is kept, too.")] = False,
     config: ConfigOption = None,
     set_: SetOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Correct photos of any size; inputs are never touched."""
+    listen(logging.WARNING if quiet else logging.DEBUG if verbose else logging.INFO)
+    log.info("looking for photos")
     from evenlight.pipeline.correct import correct_files as run
 
-    with progress() as on_progress:
+    if as_json and str(out) == "-":
+        raise UsageError("stdout takes one of -o - and --json")
+    overrides = [*(set_ or []), *(ALL_PHOTOS if everything else [])]
+    overrides += [f'run.device="{device}"'] if device else []
+    with contextlib.nullcontext(silent) if quiet else progress() as on_progress:
         report = run(
             photos,
             out,
             model=model,
-            strength=strength,
-            overwrite=overwrite,
-            settings=_read(config, [*(set_ or []), *(ALL_PHOTOS if everything else [])]),
+            settings=_read(config, overrides),
             on_progress=on_progress,
+            strength=strength,
+            overwrite=False if skip else overwrite is Overwrite.all or "changed",
+            suffix=suffix,
+            format=format_,
+            quality=quality,
+            workers=workers,
+            dry_run=dry_run,
         )
-    there = f", {len(report.skipped)} were there already (--overwrite replaces them)"
-    stderr.print(f"corrected {len(report.corrected)} photos{there if report.skipped else ''}")
-    for name, note in report.notes:
-        stderr.print(f"  note: {name}: {note}")
-    print_passed_over(report.passed_over)
+    log.info(report.summary())
+    if not quiet:
+        print_passed_over(report.passed_over)
     print_failures(report.failed)
     emit(report, as_json)
     if report.failed:
@@ -355,24 +403,31 @@ def main() -> None:
     """Run the command line and map errors to exit codes."""
     for stop in (signal.SIGINT, signal.SIGTERM):
         signal.signal(stop, _stop)
+    sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr] # any name prints
+    # click gives an option without a value the next word: a photo
+    arguments = ["--overwrite=all" if word == "--overwrite" else word for word in sys.argv[1:]]
+    as_json = "--json" in arguments
     try:
-        app()  # typer exits 2 on bad usage
+        # typer says what is wrong with the usage and exits 2, but knows no JSON
+        raise SystemExit(app(arguments, standalone_mode=not as_json))
     except EvenlightError as error:
-        stderr.print(f"evenlight: {error}")
-        raise SystemExit(
-            next(code for kind, code in EXIT_CODES if isinstance(error, kind))
-        ) from None
+        code = next(code for kind, code in EXIT_CODES if isinstance(error, kind))
+        _end(f"evenlight: {error}", code, as_json)
     except MemoryError as error:
-        stderr.print(f"evenlight: this needs more memory than there is ({error})")
-        raise SystemExit(ENVIRONMENT) from None
+        _end(f"evenlight: this needs more memory than there is ({error})", ENVIRONMENT, as_json)
+    except BadUsage as error:
+        _end(f"evenlight: {error.format_message()}", USAGE, as_json)  # type: ignore[attr-defined]
     except OSError as error:  # a full disk, say, where nobody knew better
-        stderr.print(f"evenlight: {error}")
-        raise SystemExit(SOME_FAILED) from None
+        _end(f"evenlight: {error}", SOME_FAILED, as_json)
     except Stopped as stopped:
-        stderr.print(
-            "evenlight: stopped; what is complete is kept: run the same command again to go on"
-        )
-        raise SystemExit(stopped.code) from None
+        said = "stopped; what is complete is kept: run the same command again to go on"
+        _end(f"evenlight: {said}", int(stopped.code or 0), as_json)
+
+
+def _end(sentence: str, code: int, as_json: bool) -> None:
+    stderr.print(sentence)
+    emit({"error": sentence.removeprefix("evenlight: "), "exit": code}, as_json)
+    raise SystemExit(code) from None
 
 
 if __name__ == "__main__":

@@ -2,20 +2,47 @@
 
 import contextlib
 import json
+import logging
 import math
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, is_dataclass
+from datetime import timedelta
 from typing import Any
 
 from rich import progress as rich_progress
 from rich.console import Console
 
+from evenlight.stages.photos.find import without_controls
+
 Progress = Callable[[str, int, int], None]
 """(what is counted, done, of how many); called from the main thread."""
 
+
 # Names of photos are printed as they are: never read as markup or emoji codes.
-stderr = Console(stderr=True, highlight=False, markup=False, emoji=False, soft_wrap=True)
+class _Harmless(Console):
+    """What would move, colour or turn the text of a terminal is printed as an escape."""
+
+    def print(self, *objects: Any, **options: Any) -> None:
+        lines = [[without_controls(line) for line in str(one).split("\n")] for one in objects]
+        super().print(*("\n".join(texts) for texts in lines), **options)
+
+
+stderr = _Harmless(stderr=True, highlight=False, markup=False, emoji=False, soft_wrap=True)
 NAMED = 5  # names on a line that speaks of many
+INTERVAL = 10  # seconds between lines where stderr is no terminal
+
+
+class _Lines(logging.Handler):
+    def emit(self, record: logging.LogRecord) -> None:
+        stderr.print(record.getMessage())
+
+
+def listen(level: int) -> None:
+    """Print what evenlight logs from this level on, above the bars."""
+    logger = logging.getLogger("evenlight")
+    logger.setLevel(level)
+    logger.handlers = [_Lines()]
 
 
 def silent(what: str, done: int, total: int) -> None:
@@ -24,7 +51,10 @@ def silent(what: str, done: int, total: int) -> None:
 
 @contextlib.contextmanager
 def progress() -> Iterator[Progress]:
-    """One bar per thing counted, on stderr; silent where stderr is no terminal."""
+    """One bar per thing counted, on stderr; where that is no terminal, a line every INTERVAL."""
+    if not stderr.is_terminal:
+        yield _lines()
+        return
     with rich_progress.Progress(
         rich_progress.TextColumn("{task.description}"),
         rich_progress.BarColumn(),
@@ -32,7 +62,6 @@ def progress() -> Iterator[Progress]:
         rich_progress.TextColumn("{task.fields[rate]}"),
         rich_progress.TimeRemainingColumn(),
         console=stderr,
-        disable=not stderr.is_terminal,
     ) as bars:
         tasks: dict[str, Any] = {}
 
@@ -44,6 +73,21 @@ def progress() -> Iterator[Progress]:
             bars.update(tasks[what], completed=done, total=total, rate=rate)
 
         yield on_progress
+
+
+def _lines() -> Progress:
+    """Count, rate and time left as plain lines, for a log."""
+    started, said = time.monotonic(), time.monotonic()
+
+    def on_progress(what: str, done: int, total: int) -> None:
+        nonlocal said
+        now = time.monotonic()
+        if now - said >= INTERVAL and done < total:
+            said, rate = now, done / (now - started)
+            left = f", {timedelta(seconds=round((total - done) / rate))} left" if done else ""
+            stderr.print(f"{what}: {done} of {total}, {rate:.2f}/s{left}")
+
+    return on_progress
 
 
 def emit(result: Any, as_json: bool) -> None:

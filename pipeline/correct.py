@@ -1,33 +1,30 @@
-"""Correct photos: one as an array (`correct`), or files into a folder (`correct_files`).
+"""Correct photos: files into a folder, or one file into another.
 
-Inputs are never touched.
+Inputs are never touched.  What is heavy is imported where there is something to do.
 """
 
-import dataclasses
-import errno
 import functools
+import json
+import logging
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
-from PIL import Image, ImageOps
-
-from evenlight.cache.errors import EvenlightError, PhotoError, UsageError
+from evenlight.cache.errors import EvenlightError
+from evenlight.cache.files import canonical_json, make_folder, sha256_bytes, sha256_file
+from evenlight.pipeline import config, schedule
 from evenlight.pipeline.config import Given
 from evenlight.pipeline.console import Progress, silent
-from evenlight.pipeline.failures import one_photo
-from evenlight.pipeline.load import load_predictor
-from evenlight.stages.corrector.predictor import Predictor
-from evenlight.stages.photos.decode import MIN_SIDE, Photo, decode
-from evenlight.stages.photos.encode import encode
-from evenlight.stages.photos.find import PhotoSource, also_there, find_photos
+from evenlight.pipeline.outputs import PIPE, Job, Options, clean_temporaries, list_jobs, state_of
+from evenlight.stages.settings import Settings
+from evenlight.stages.weights import shipped
 
-# Errors of writing that are about one name; any other (disk full, read-only) meets every photo.
-ONE_NAME = (
-    errno.EISDIR, errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG, errno.EINVAL, errno.EILSEQ,
-)  # fmt: skip
+if TYPE_CHECKING:
+    from evenlight.pipeline.correct_photo import Outcome
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(kw_only=True)
@@ -35,29 +32,47 @@ class CorrectReport:
     """What became of every photo, by name."""
 
     corrected: list[str] = field(default_factory=list)
-    skipped: list[str] = field(default_factory=list)  # already there from an earlier run
+    photos: list[dict[str, Any]] = field(default_factory=list)  # what was done to each of those
+    skipped: list[str] = field(default_factory=list)  # already there, made in the same way
+    others: list[str] = field(default_factory=list)  # there, but not made here, or edited since
     failed: list[tuple[str, str]] = field(default_factory=list)  # name, reason
     passed_over: list[tuple[str, str]] = field(default_factory=list)  # pictures: name, reason
     notes: list[tuple[str, str]] = field(default_factory=list)  # name, what could not be kept
+    planned: list[str] = field(default_factory=list)  # of a dry run: what would be corrected
+    planned_bytes: int = 0  # of their files
     seconds: float = 0.0
 
+    def take(self, outcome: "Outcome") -> None:
+        """One photo more."""
+        name, change = outcome.job.source.name, outcome.change
+        if outcome.reason:
+            self.failed.append((name, outcome.reason))
+            return
+        self.corrected.append(name)
+        self.notes += [(name, note) for note in outcome.notes]
+        row = {"name": name, "output": str(outcome.job.target), **asdict(change)}
+        self.photos.append(row | {"kept": outcome.kept, "notes": outcome.notes})
+        log.info("%s: %s", name, change)
+        for note in outcome.notes:
+            log.info("  note: %s: %s", name, note)
+        log.debug("  kept: %s: %s", name, ", ".join(outcome.kept) or "nothing beside the pixels")
 
-def correct(
-    photo: np.ndarray | Image.Image | str | Path,
-    *,
-    strength: float = 1.0,
-    predictor: Predictor | None = None,
-) -> np.ndarray:
-    """One corrected photo as an array: RGB H,W,3, uint8, or uint16 where the photo is deeper.
-
-    photo: the path of a file; a PIL image; or an array H,W,3 (RGB) or H,W (gray), uint8 or uint16,
-    sRGB-encoded and upright.  Files and PIL images are turned upright.  strength: 0 (no change) to
-    1.  predictor: from `load_predictor`; None is the corrector that ships, loaded once.
-    Raises PhotoError where a file cannot be read, UsageError for anything that is no photo.
-    """
-    _refuse_strength(strength)
-    opened = _opened(photo)
-    return _corrected(opened, predictor or _shipped_predictor(), strength).pixels
+    def summary(self) -> str:
+        """In a sentence or two."""
+        changes = [row["what"] for row in self.photos]
+        counts = [f"{changes.count(what)} {what}" for what in dict.fromkeys(changes)]
+        said = f"corrected {len(self.corrected)} photos"
+        if self.planned:
+            said = f"would correct {len(self.planned)} photos, {self.planned_bytes / 1e6:.1f} MB"
+        said += f": {', '.join(counts)}" if counts else ""
+        if self.skipped:
+            said += f"; {len(self.skipped)} were there already"
+        if self.others:
+            said += (
+                f"; {len(self.others)} were there already, not made here or edited since "
+                "(--overwrite replaces them)"
+            )
+        return said
 
 
 def correct_files(
@@ -65,166 +80,86 @@ def correct_files(
     out: str | Path,
     *,
     model: str | Path | None = None,
-    strength: float = 1.0,
-    overwrite: bool = False,
     settings: Given = None,
     on_progress: Progress = silent,
+    **options: Any,
 ) -> CorrectReport:
     """Correct every photo and write it under `out` with its name, format, depth and metadata.
 
-    photos: files, folders (walked recursively, the tree is mirrored) or HDF5 files.  model: a
-    training run's folder; None is the corrector that ships.  strength: 0 (no change) to 1.
-    overwrite: replace outputs of earlier runs; without it they are skipped.  settings: changes
-    to `load.OPEN_SETTINGS`.
+    photos: files, folders (walked recursively, the tree is mirrored), HDF5 files, or "-" for stdin.
+    out: a folder; or, for one photo, a file named as a photo, or "-" for stdout.  model: a training
+    run's folder; None is the corrector that ships.  settings: changes to `load.OPEN_SETTINGS`.
+    options: those of `outputs.Options`.
     Photos that cannot be corrected are listed in the report and the run goes on.  Raises
     EvenlightError where `out` cannot be written to.
     """
-    _refuse_strength(strength)
-    started = time.monotonic()
-    out = Path(out)
+    started, chosen, out = time.monotonic(), Options(**options), Path(out)
     named = [photos] if isinstance(photos, str | Path) else photos
-    jobs, passed_over = _jobs([Path(path) for path in named], out)
-    predictor = load_predictor(model, settings=settings)
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise EvenlightError(f"cannot make folder {out}: {error.strerror}") from error
+    limit = config.resolve(settings).photo.max_megapixels
+    jobs, passed_over = list_jobs([Path(path) for path in named], out, chosen, limit)
+    given = config.to_dict(settings) if isinstance(settings, Settings) else settings
+    flat = config.flatten(given or {})
     report = CorrectReport(passed_over=passed_over)
-    for done, (source, target) in enumerate(jobs, 1):
-        if target.is_file() and not overwrite:
-            report.skipped.append(source.name)
-        else:
-            _correct_one(source, target, out, predictor, strength, report)
-        on_progress("photos", done, len(jobs))
+    how = _how(model, flat, chosen)
+    todo = [job for job in jobs if _is_to_do(job, how, chosen, report)]
+    if chosen.dry_run:
+        report.planned = [job.source.name for job in todo]
+        files = {job.source.path for job in todo}
+        report.planned_bytes = sum(file.stat().st_size for file in files if file.is_file())
+    elif todo:
+        asked = None if model is None else str(model), json.dumps(flat), chosen, how
+        _correct_all(todo, out, asked, report, on_progress)
     report.seconds = time.monotonic() - started
     return report
 
 
-def _correct_one(
-    source: PhotoSource,
-    target: Path,
+def _how(model: str | Path | None, flat: dict[str, Any], options: Options) -> str:
+    """Digest of all but the photo that decides what an output is; where it runs does not."""
+    corrector = (shipped("base") if model is None else Path(model)) / "corrector.json"
+    digest = sha256_file(corrector) if corrector.is_file() else ""  # loading says what is wrong
+    changes = {key: value for key, value in flat.items() if not key.startswith("run.")}
+    ways = [options.strength, options.format, options.quality]
+    return sha256_bytes(canonical_json([digest, changes, ways]))
+
+
+def _is_to_do(job: Job, how: str, options: Options, report: CorrectReport) -> bool:
+    if options.overwrite is True or job.target == PIPE:
+        return True
+    state = state_of(job, how)
+    if state == "none" or (state == "changed" and options.overwrite):
+        return True
+    skipped = report.others if state == "foreign" and options.overwrite else report.skipped
+    skipped.append(job.source.name)
+    return False
+
+
+def _correct_all(
+    jobs: list[Job],
     out: Path,
-    predictor: Predictor,
-    strength: float,
+    asked: tuple[str | None, str, Options, str],
     report: CorrectReport,
+    on_progress: Progress,
 ) -> None:
-    limit = predictor.settings.photo.max_megapixels
+    """asked: what `correct_photo.correct_job` is given beside the job."""
+    log.info("loading the model")
+    from evenlight.pipeline.correct_photo import CannotWrite, correct_job, predictor_of
+
+    model, settings, options, how = asked
+    if options.workers == 1:
+        predictor_of(model, settings)  # what lacks is told before a folder is made
     try:
-        with one_photo():
-            photo = decode(source.read_bytes(), source.name, max_megapixels=limit)
-            corrected = _corrected(photo, predictor, strength)
-    except PhotoError as error:
-        report.failed.append((source.name, str(error)))
-        return
-    try:
-        _make_subfolders(target.parent, out)
-        encode(corrected, target)
+        make_folder(jobs[0].folder or out.absolute().parent)
     except OSError as error:
-        reason = f"cannot write {target}: {error.strerror}"
-        if error.errno not in ONE_NAME:
-            raise EvenlightError(
-                f"{reason}; {len(report.corrected)} photos were corrected before it: put that "
-                "right and run the same command again to go on"
-            ) from error
-        report.failed.append((source.name, reason))
-        return
-    report.corrected.append(source.name)
-    report.notes += [(source.name, note) for note in photo.metadata.notes]
-
-
-def _corrected(photo: Photo, predictor: Predictor, strength: float) -> Photo:
-    """The photo with corrected pixels; gray stays gray, though the corrector may tint it."""
-    pixels = predictor.correct(photo.pixels, strength, photo.alpha)
-    if photo.gray:
-        mean = np.rint(pixels.mean(2, keepdims=True)).astype(pixels.dtype)
-        pixels = np.repeat(mean, 3, axis=2)
-    return dataclasses.replace(photo, pixels=pixels)
-
-
-def _refuse_strength(strength: float) -> None:
-    if not 0 <= strength <= 1:
-        raise UsageError(f"strength must be 0 to 1, got {strength}")
-
-
-@functools.cache
-def _shipped_predictor() -> Predictor:
-    return load_predictor()
-
-
-def _opened(photo: np.ndarray | Image.Image | str | Path) -> Photo:
-    """A photo given in any way, as decoding a file gives it."""
-    if isinstance(photo, str | Path):
-        source = PhotoSource(str(photo), Path(photo), Path(photo).name)
-        return decode(source.read_bytes(), source.name)
-    if isinstance(photo, Image.Image):
-        upright = ImageOps.exif_transpose(photo)
-        gray = upright.mode in ("1", "L", "LA", "I;16", "I;16L", "I;16B")
-        deep = upright.mode.startswith("I;16")
-        pixels = np.array(upright if deep else upright.convert("L" if gray else "RGB"))
-        return _opened(pixels.astype(np.uint16) if deep else pixels)
-    if not isinstance(photo, np.ndarray):
-        raise UsageError(f"a photo is a path, a PIL image or an array, got {type(photo).__name__}")
-    if photo.dtype not in (np.uint8, np.uint16) or (photo.shape[2:] != (3,) and photo.ndim != 2):
-        raise UsageError(
-            f"a photo as an array is uint8 or uint16 of shape H,W,3 or H,W, got {photo.dtype} of "
-            f"shape {photo.shape}"
-        )
-    if min(photo.shape[:2], default=0) < MIN_SIDE:
-        raise UsageError(f"a photo is at least {MIN_SIDE} pixels a side, got shape {photo.shape}")
-    gray = photo.ndim == 2
-    return Photo(
-        pixels=np.ascontiguousarray(np.repeat(photo[..., None], 3, axis=2) if gray else photo),
-        bit_depth=photo.dtype.itemsize * 8,
-        format="array",
-        gray=gray,
-    )
-
-
-def _make_subfolders(folder: Path, out: Path) -> None:
-    """Make a folder below `out`, but never `out`: one that vanished during the run is an error."""
-    if folder != out and not folder.is_dir():
-        _make_subfolders(folder.parent, out)
-        folder.mkdir(exist_ok=True)
-
-
-def _jobs(
-    photos: Sequence[Path], out: Path
-) -> tuple[list[tuple[PhotoSource, Path]], list[tuple[str, str]]]:
-    """(photo, output path) of everything to do, and what was passed over; refused where an output
-    would hit an input."""
-    sources, passed_over = _sources(photos, out)
-    if not sources:
-        where = ", ".join(map(str, photos))
-        raise UsageError(f"no photos found in {where}{also_there(passed_over)}")
-    inputs = {source.path.resolve() for source in sources}
-    targets: dict[Path, PhotoSource] = {}
-    for source in sources:
-        target = out / source.output_name
-        if target.resolve() in inputs:
-            raise UsageError(f"{target} is an input and is never overwritten: name another folder")
-        other = targets.setdefault(target, source)
-        if (other.path.resolve(), other.dataset) != (source.path.resolve(), source.dataset):
-            raise UsageError(
-                f"{other.path} and {source.path} would both become {target}: correct them into "
-                "two folders"
-            )
-    return [(source, target) for target, source in targets.items()], passed_over
-
-
-def _sources(photos: Sequence[Path], out: Path) -> tuple[list[PhotoSource], list[tuple[str, str]]]:
-    """Every photo named, and the pictures passed over; where `out` lies in a folder of photos, not
-    what is in `out`."""
-    results = out.resolve()
-    sources, passed_over = list[PhotoSource](), list[tuple[str, str]]()
-    for path in photos:
-        if path.resolve() == results:
-            raise UsageError(f"{out} is the folder of inputs: name another folder for results")
-        within = results.is_relative_to(path.resolve())
-        found = find_photos(path)
-        passed_over += found.passed_over
-        sources += [
-            source
-            for source in found.photos
-            if not (within and source.path.resolve().is_relative_to(results))
-        ]
-    return sources, passed_over
+        raise EvenlightError(f"cannot make folder {out}: {error.strerror}") from error
+    clean_temporaries(jobs)
+    work = functools.partial(correct_job, model=model, settings=settings, options=options, how=how)
+    try:
+        outcomes = schedule.run(work, work, jobs, workers=options.workers, scheduler="")
+        for done, outcome in enumerate(outcomes, 1):
+            report.take(outcome)
+            on_progress("photos", done, len(jobs))
+    except CannotWrite as error:
+        raise EvenlightError(
+            f"{error}; {len(report.corrected)} photos were corrected before it: put that right "
+            "and run the same command again to go on"
+        ) from error

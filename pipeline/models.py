@@ -4,11 +4,12 @@ torch and what is built on it are imported where a model is loaded: `cache info`
 """
 
 import functools
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from evenlight.cache.errors import EnvironmentLacks, StoreError, one_line
+from evenlight.cache.errors import EnvironmentLacks, StoreError, UsageError, one_line
 from evenlight.stages.priors import fingerprints
 from evenlight.stages.settings import ClipSettings, RegionSettings, Settings
 
@@ -67,13 +68,20 @@ def read_judge(tensors: Mapping[str, Any], where: str) -> "Judge":
 
 
 def choose_device(name: str) -> str:
-    """ "auto" becomes cuda where there is one, else cpu."""
+    """ "auto" becomes cuda where there is one, else cpu.
+
+    Raises UsageError for what names no device, EnvironmentLacks for one that is not here.
+    """
     import torch
 
+    num_devices = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if name == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    if name.startswith("cuda") and not torch.cuda.is_available():
-        raise EnvironmentLacks(f"run.device is {name}, but torch finds no CUDA device here")
+        return "cuda" if num_devices else "cpu"
+    if not re.fullmatch(r"cpu|cuda(:\d{1,3})?", name):
+        raise UsageError(f"run.device must be cpu, cuda, cuda:N or auto, got {name!r}")
+    if name != "cpu" and int(name[5:] or 0) >= num_devices:
+        there = f"only {num_devices}" if num_devices else "no CUDA device here"
+        raise EnvironmentLacks(f"run.device is {name}, but torch finds {there}")
     return name
 
 

@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 from evenlight.cache.errors import EnvironmentLacks, EvenlightError, StoreError
 
 Task = TypeVar("Task")
+Done = TypeVar("Done")
 # Dask makes workers hand freed memory back at once, and torch then faults every page in again:
 # measured 3.7 s a photo instead of 0.6.  Large blocks stay in the worker's own heap instead.
 KEEP_MEMORY = {
@@ -25,13 +26,13 @@ TRIES = 3  # a task whose worker died is given to another this often
 
 
 def run(
-    here: Callable[[Task], Task],
-    in_worker: Callable[[Task], Task],
+    here: Callable[[Task], Done],
+    in_worker: Callable[[Task], Done],
     tasks: Sequence[Task],
     *,
     workers: int,
     scheduler: str,
-) -> Iterator[Task]:
+) -> Iterator[Done]:
     """Yield tasks as they are finished, in any order.
 
     here: does a task in this process; in_worker: the same in another one (picklable).
@@ -44,8 +45,8 @@ def run(
 
 
 def _on_dask(
-    work: Callable[[Task], Task], tasks: Sequence[Task], workers: int, scheduler: str
-) -> Iterator[Task]:
+    work: Callable[[Task], Done], tasks: Sequence[Task], workers: int, scheduler: str
+) -> Iterator[Done]:
     import dask
     from distributed import Client, LocalCluster, as_completed
     from distributed.client import FutureCancelledError

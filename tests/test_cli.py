@@ -38,8 +38,9 @@ SURFACE = {
     "train": {"-s", "--store", "-o", "--out"} | COMMON,
     "evaluate": {"--data", "-m", "--model", "--csv"} | COMMON,
     "correct": {
-        "photos", "-o", "--out", "-m", "--model", "--strength", "--all", "--overwrite",
-        "--no-overwrite",
+        "photos", "-o", "--out", "-m", "--model", "--strength", "--all", "--overwrite", "--skip",
+        "--suffix", "--format", "--quality", "--workers", "--device", "--dry-run", "-q", "--quiet",
+        "-v", "--verbose",
     } | COMMON,
     "doctor": {"--json"},
     "cache info": {"-s", "--store"} | COMMON,

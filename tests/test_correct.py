@@ -17,7 +17,7 @@ from PIL import Image, ImageCms
 from toy_corrector import run_cli, save_toy_corrector, toy_models
 
 from evenlight.cache.errors import EvenlightError, UsageError
-from evenlight.pipeline import correct as command
+from evenlight.pipeline import correct_photo
 from evenlight.pipeline.correct import correct_files
 from evenlight.stages.photos.decode import decode
 
@@ -243,7 +243,7 @@ def test_existing_outputs_are_skipped_unless_overwritten(model, tmp_path):
     source, out = write_png(tmp_path / "in/sub/a.png"), tmp_path / "out"
     assert correct_files([tmp_path / "in"], out, model=model).corrected == ["sub/a.png"]
     first = files(out)
-    again = correct_files([tmp_path / "in"], out, model=model, strength=0.2)
+    again = correct_files([tmp_path / "in"], out, model=model, strength=0.2, overwrite=False)
     assert (again.corrected, again.skipped) == ([], ["sub/a.png"]) and files(out) == first
     correct_files([tmp_path / "in"], out, model=model, strength=0.2, overwrite=True)
     assert files(out).keys() == first.keys() and files(out) != first
@@ -289,13 +289,13 @@ def test_a_full_or_read_only_disk_ends_the_run_with_a_sentence(
 def test_an_output_folder_that_vanishes_is_an_error_and_not_made_anew(model, tmp_path, monkeypatch):
     for name in ("in/a.png", "in/sub/b.png", "in/z.png"):
         write_png(tmp_path / name)
-    real, out = command.encode, tmp_path / "out"
+    real, out = correct_photo.atomic_write, tmp_path / "out"
 
-    def encode_then_lose(photo, path):
-        real(photo, path)
+    def write_then_lose(path, data):
+        real(path, data)
         shutil.rmtree(out)
 
-    monkeypatch.setattr(command, "encode", encode_then_lose)
+    monkeypatch.setattr(correct_photo, "atomic_write", write_then_lose)
     with pytest.raises(EvenlightError, match=r"cannot write .*No such file"):
         correct_files([tmp_path / "in"], out, model=model)
     assert not out.exists()
@@ -334,8 +334,8 @@ def test_settings_that_training_fixed_cannot_be_changed(model, tmp_path):
     source = write_png(tmp_path / "a.png")
     with pytest.raises(UsageError, match=r"train\.size = 96 .*after training.*open to change"):
         correct_files([source], tmp_path / "out", model=model, settings={"train.size": 96})
-    with pytest.raises(UsageError, match="0 to 1"):
-        correct_files([source], tmp_path / "out", model=model, strength=1.5)
+    with pytest.raises(UsageError, match=r"0 to 1\.5"):
+        correct_files([source], tmp_path / "out", model=model, strength=1.6)
 
 
 def test_half_strength_lies_between(model, tmp_path):

@@ -152,7 +152,7 @@ def test_a_file_that_cannot_be_read_is_refused_and_strengths_beyond_one_are(pred
     with pytest.raises(EvenlightError, match="No such file"):
         evenlight.correct(tmp_path / "none.jpg", predictor=predictor)
     with pytest.raises(UsageError, match="0 to 1"):
-        evenlight.correct(dark(48, 64, 3), strength=1.5, predictor=predictor)
+        evenlight.correct(dark(48, 64, 3), strength=1.6, predictor=predictor)
 
 
 def test_the_shipped_corrector_is_loaded_once(model, monkeypatch):
@@ -164,10 +164,10 @@ def test_the_shipped_corrector_is_loaded_once(model, monkeypatch):
         return real(model)
 
     monkeypatch.setattr("evenlight.pipeline.load.load_models", toy_models)
-    monkeypatch.setattr("evenlight.pipeline.correct.load_predictor", load)
-    evenlight.correct.__globals__["_shipped_predictor"].cache_clear()
+    monkeypatch.setattr("evenlight.pipeline.correct_photo.load_predictor", load)
+    evenlight.correct.__globals__["predictor_of"].cache_clear()
     try:
         first, second = (evenlight.correct(dark(48, 64, 3)) for _ in range(2))
     finally:
-        evenlight.correct.__globals__["_shipped_predictor"].cache_clear()
+        evenlight.correct.__globals__["predictor_of"].cache_clear()
     assert len(loads) == 1 and np.array_equal(first, second)

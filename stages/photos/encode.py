@@ -3,6 +3,7 @@
 import io
 import struct
 import zlib
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from evenlight.stages.photos.containers import (
     jpeg_segment,
     png_chunk,
 )
-from evenlight.stages.photos.decode import Photo
+from evenlight.stages.photos.decode import Encoding, Photo
 from evenlight.stages.photos.exif import first_ifd, relocated, without_orientation
 from evenlight.stages.photos.heic import heic_bytes
 from evenlight.stages.photos.metadata import (
@@ -27,10 +28,25 @@ from evenlight.stages.photos.metadata import (
     IPTC,
     RESOURCES_PREFIX,
     XMP_PREFIX,
+    Metadata,
+    without_extended,
 )
 
 _XMP, _IPTC, _RESOURCES = 700, 33723, 34377  # TIFF tags
 _SEGMENT = 65533  # bytes in one segment of a JPEG
+_KINDS = {  # fields of Metadata, in words
+    "exif": "EXIF", "icc": "colour profile", "xmp": "XMP", "extended": "long XMP", "iptc": "IPTC",
+    "resources": "Photoshop data", "comments": "comment", "dpi": "resolution", "png": "PNG chunks",
+}  # fmt: skip
+_CURVES = (b"sRGB", b"gAMA", b"cICP")  # chunks that only say what the numbers mean
+_LISTS = ("extended", "comments", "png")
+_PLACES: dict[str, tuple[str, ...]] = {
+    "jpeg": ("exif", "icc", "xmp", "extended", "iptc", "resources", "comments", "dpi"),
+    **dict.fromkeys(("png", "array"), ("exif", "icc", "xmp", "dpi", "png")),
+    "tiff": ("exif", "icc", "xmp", "iptc", "resources", "dpi"),
+    **dict.fromkeys(("webp", "avif", "heic"), ("exif", "icc", "xmp")),
+    **dict.fromkeys(("gif", "bmp"), ()),
+}
 _GIF_CLEAR = 255  # the palette's last index
 
 
@@ -56,6 +72,67 @@ def encoded(photo: Photo, quality: int = 95) -> bytes:
 def jpeg_bytes(rgb: np.ndarray, quality: int = 95) -> bytes:
     """A bare JPEG, 4:4:4.  rgb: HxWx3 uint8, sRGB-encoded."""
     return encoded(Photo(pixels=rgb, bit_depth=8, format="jpeg"), quality)
+
+
+def in_format(photo: Photo, format: str, quality: int | None = None) -> Photo:
+    """The photo as it is written in a format: jpeg, png, tiff, webp or its own.  Notes say what is
+    lost.  quality: asked for, in place of what the file was compressed with."""
+    if format not in (photo.format, "png" if photo.format == "array" else ""):
+        photo = _in_other_format(photo, format)
+    metadata, encoding = photo.metadata, photo.encoding
+    if quality is not None:
+        encoding = replace(encoding, jpeg_tables=None, lossless=False)
+    lost = [kind for kind in _KINDS if getattr(metadata, kind) and kind not in _PLACES[format]]
+    if format == "jpeg" and len(metadata.xmp or b"") > _SEGMENT - len(XMP_PREFIX):
+        lost.append("xmp")
+    if lost:
+        words = ", ".join(_KINDS[kind] for kind in lost)
+        emptied: dict[str, Any] = {kind: () if kind in _LISTS else None for kind in lost}
+        metadata = replace(metadata, **emptied).noting(f"{format} has no place for its {words}")
+    if not metadata.extended:
+        metadata = without_extended(metadata)
+    return replace(photo, format=format, metadata=metadata, encoding=encoding)
+
+
+def kept_of(metadata: Metadata) -> list[str]:
+    """What there is beside the pixels, in words."""
+    return [words for kind, words in _KINDS.items() if getattr(metadata, kind)]
+
+
+def _in_other_format(photo: Photo, format: str) -> Photo:
+    """Pixels, alpha and curves that the format can hold."""
+    encoding, metadata, pixels, alpha = photo.encoding, photo.metadata, photo.pixels, photo.alpha
+    chunks = tuple(chunk for chunk in metadata.png if chunk[0] not in _CURVES)
+    metadata = replace(metadata, png=chunks)
+    deep = format in ("png", "tiff")
+    stored = encoding.stored or pixels.dtype
+    if not deep and stored != np.uint8:
+        metadata = metadata.noting(f"of its {8 * stored.itemsize} bits per sample 8 were kept")
+    # only a profile can say in another format that the numbers are not sRGB-encoded
+    transfer = encoding.transfer if metadata.icc is not None else None
+    if transfer is None and not deep:
+        pixels, alpha = _to_8_bits(pixels), None if alpha is None else _to_8_bits(alpha)
+    if transfer is not None:
+        stored = np.dtype(np.uint16 if deep and stored != np.uint8 else np.uint8)
+    if alpha is not None and format == "jpeg":
+        white = np.iinfo(pixels.dtype).max
+        cover = alpha[..., None] / np.float32(white)
+        pixels = np.rint(pixels * cover + white * (1 - cover)).astype(pixels.dtype)
+        alpha, metadata = None, metadata.noting("what was transparent is white: jpeg has no alpha")
+    return replace(
+        photo,
+        pixels=pixels,
+        alpha=alpha,
+        bit_depth=8 * pixels.itemsize,
+        metadata=metadata,
+        encoding=Encoding(transfer=transfer, stored=stored if transfer else None, lossless=False),
+    )
+
+
+def _to_8_bits(samples: np.ndarray) -> np.ndarray:
+    if samples.dtype == np.uint8:
+        return samples
+    return ((samples.astype(np.uint32) + 128) // 257).astype(np.uint8)
 
 
 def _samples(photo: Photo) -> np.ndarray:
@@ -152,8 +229,7 @@ def _bmp(photo: Photo, samples: np.ndarray, quality: int) -> bytes:
 
 
 def _avif(photo: Photo, samples: np.ndarray, quality: int) -> bytes:
-    if samples.itemsize == 2:
-        samples = ((samples.astype(np.uint32) + 128) // 257).astype(np.uint8)
+    samples = _to_8_bits(samples)
     # Pillow would turn the picture by the tag and write the rest of the block anew.
     exif = photo.metadata.exif and without_orientation(photo.metadata.exif)
     return _saved(

@@ -10,13 +10,13 @@ from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path, PurePath
 
-import numpy as np
-
 from evenlight.cache.errors import PhotoError, UsageError
 
-SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".tif", ".tiff", ".webp", ".gif", ".bmp",
-            ".avif", ".heic", ".heif", ".hif")  # fmt: skip
-_HEIC_SUFFIXES = (".heic", ".heif", ".hif")
+_SUFFIXES_OF = {"jpeg": ".jpg .jpeg .jpe .jfif", "png": ".png", "tiff": ".tif .tiff",
+                "webp": ".webp", "gif": ".gif", "bmp": ".bmp", "avif": ".avif",
+                "heic": ".heic .heif .hif"}  # fmt: skip
+FORMAT_OF = {end: format for format, ends in _SUFFIXES_OF.items() for end in ends.split()}
+SUFFIXES = tuple(FORMAT_OF)
 # Files that a person would call pictures and that are not read: why, and how their names end.
 _PASSED_OVER = {
     "raw: develop it first, into TIFF or JPEG": "3fr arw cr2 cr3 crw dcr dng erf fff gpr iiq k25"
@@ -59,7 +59,9 @@ class PhotoSource:
         """The whole file, or for HDF5 the array in NumPy's .npy format (so that a digest covers
         shape and type too).  Raises PhotoError; never waits on a pipe or a device."""
         if self.dataset is not None:
-            from evenlight.stages.photos.hdf5 import read_image  # h5py only where a source is HDF5
+            import numpy as np  # and h5py: only where a source is HDF5
+
+            from evenlight.stages.photos.hdf5 import read_image
 
             image = read_image(self.path, self.dataset, self.max_megapixels)
             stream = io.BytesIO()
@@ -170,7 +172,7 @@ def _walk(root: Path, found: Found) -> None:
 
 def _reason_to_pass_over(name: str) -> str | None:
     suffix = PurePath(name).suffix.lower()
-    if suffix in _HEIC_SUFFIXES and not heic_is_installed():
+    if FORMAT_OF.get(suffix) == "heic" and not heic_is_installed():
         return HEIC_NEEDED
     return _REASONS.get(suffix)
 
