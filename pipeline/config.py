@@ -6,6 +6,7 @@ store, or the corrector, was made with; or a complete Settings, which is taken a
 
 import dataclasses
 import difflib
+import functools
 import logging
 import tomllib
 from collections.abc import Mapping, Sequence
@@ -183,6 +184,7 @@ def _sections(flat: Mapping[str, Any]) -> dict[str, Any]:
     return {name: section_types[name](**fields) for name, fields in sections.items()}
 
 
+@functools.cache
 def setting_types() -> dict[str, Any]:
     """Every dotted key and its type."""
     return {
@@ -192,6 +194,7 @@ def setting_types() -> dict[str, Any]:
     }
 
 
+@functools.cache
 def affected_by(key: str) -> str:
     """What a setting decides: a part of the store, "prompts", "training" or "run"."""
     section, name = key.split(".")
@@ -199,6 +202,7 @@ def affected_by(key: str) -> str:
     return next(f for f in dataclasses.fields(section_type) if f.name == name).metadata["affects"]
 
 
+@functools.lru_cache(64)  # asked for every unit of a store
 def values_affecting(settings: Settings, part: str) -> dict[str, Any]:
     """The settings that decide one part, by dotted key: what its fingerprint covers."""
     flat = flatten(to_dict(settings))
