@@ -10,6 +10,7 @@ import torch
 from skimage import data
 
 from evenlight.pipeline import config
+from evenlight.pipeline.demo import PHOTOS, installed_photo
 from evenlight.pipeline.models import load_models
 from evenlight.pipeline.parts import PARTS, Tools
 from evenlight.stages.photos.canvas import working
@@ -66,3 +67,9 @@ def test_a_table_of_levels_gives_what_the_curve_gives(family, t):
     curve = tone.apply(family, torch.from_numpy(photo).float() / 255, t).numpy()
     np.testing.assert_allclose(tone.at_levels(family, photo, t), curve, atol=1e-6)
     np.testing.assert_array_equal(tone.on_bytes(family, photo, t), (curve * 255).round())
+
+
+@pytest.mark.parametrize("where", PHOTOS)
+def test_photos_of_the_demo_have_eight_bits(where):
+    photo = installed_photo(*where)
+    assert photo.dtype == np.uint8 and 40 < photo.mean() < 200
