@@ -26,7 +26,7 @@ from evenlight.stages.settings import ClipSettings
 if TYPE_CHECKING:
     from evenlight.stages.priors.open_clip_models import Words
 
-CHUNK = 16  # photos per forward on a CPU where no gradient is asked: more spill its cache
+CHUNK = 8  # photos per forward on a CPU where no gradient is asked: more spill its cache
 CHUNK_GPU = 64  # bounds memory
 
 

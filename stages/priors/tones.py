@@ -45,8 +45,8 @@ def region_tones(
     red, green, blue = np.moveaxis(rgb_HW3, 2, 0)
     largest_HW = np.maximum(np.maximum(red, green), blue)
     smallest_HW = np.minimum(np.minimum(red, green), blue)
-    start_HW = labels_HW.astype(np.uint16) * 256
-    count = int(labels_HW.max()) + 1
+    labels = labels_HW.astype(np.intp)  # as bincount counts: converted once
+    start_HW, count = labels * 256, int(labels.max()) + 1
     counts = [
         np.bincount((start_HW + plane).ravel(), minlength=count * 256).reshape(count, 256)[regions]
         for plane in (luma_HW.astype(np.uint8), largest_HW, smallest_HW)
@@ -54,20 +54,15 @@ def region_tones(
     _, largest, smallest = (x / x.sum(1, keepdims=True) for x in counts)
     levels = np.arange(256)
     scalars = [
-        _means(luma_HW, labels_HW, None, regions) / 255,
+        _means(luma_HW, labels, None, regions) / 255,
         (largest - smallest) @ levels / 255,
         largest[:, 254:].sum(1),
         smallest[:, 254:].sum(1),
         largest[:, :2].sum(1),
     ]
-    height = rgb_HW3.shape[0]
-    y = np.linspace(-1, 1, height, dtype=np.float32)
-    for rows, weights in (
-        (slice(None), _centre(*labels_HW.shape)),
-        (y < -1 / 3, None),
-        (y > 1 / 3, None),
-    ):
-        scalars.append(_means(luma_HW[rows], labels_HW[rows], weights, regions) / 255)
+    y = np.linspace(-1, 1, len(labels), dtype=np.float32)
+    for rows, weights in ((..., _centre(*labels.shape)), (y < -1 / 3, None), (y > 1 / 3, None)):
+        scalars.append(_means(luma_HW[rows], labels[rows], weights, regions) / 255)
     quantiles = [np.stack([_quantiles(row) for row in plane]) for plane in counts]
     return np.concatenate([*quantiles, np.stack(scalars, 1)], 1).astype(np.float32)
 
@@ -86,7 +81,7 @@ def _centre(height: int, width: int) -> NDArray[np.float32]:
 
 def _means(
     values: NDArray[np.float32],
-    labels: NDArray[np.uint8],
+    labels: NDArray[np.intp],
     weights: NDArray[np.float32] | None,
     regions: Sequence[int],
 ) -> NDArray[np.float64]:
