@@ -228,10 +228,10 @@ a_part = partial(setting, affects="training", low=0, high=100, why="0: off")
 class LossSettings(Section):
     """Shares of the gradient norm at the output after calibration (docs/method.md 7)."""
 
-    data: float = setting(0.5, "training", low=1e-6, high=100)
-    edges: float = a_part(0.35)
+    data: float = setting(0.4, "training", low=1e-6, high=100)
+    edges: float = a_part(0.25)
     colour: float = a_part(0.05)
-    clipped: float = a_part(0.1)  # colour edges along what was lost
+    clipped: float = a_part(0.3)  # colour edges along what was lost
     # the paper's semantic-prompt consistency: off, since it takes time that more steps use better
     semantic: float = a_part(0.0)
     prompt: float = a_part(0.0)
@@ -242,8 +242,8 @@ class LossSettings(Section):
 class TrainSettings(Section):
     steps: int = a_count(1000, "training")
     # what a batch is made of (docs/method.md 7); 0 turns a stream off
-    good: int = a_count(4, "training", low=0, high=4096)  # good photos, mis-exposed
-    uneven: float = a_share(1 / 3, "training")  # of them, with objects exposed otherwise
+    good: int = a_count(6, "training", low=0, high=4096)  # good photos, mis-exposed
+    uneven: float = a_share(0.6, "training")  # of them, with objects exposed otherwise
     scenes: int = a_count(3, "training", low=0, high=4096)  # frames of a scene, to another frame
     bad: int = a_count(1, "training", low=0, high=4096)  # photos with their pseudo-GT
     size: int = a_side(256, "training", low=32)  # working size: long side

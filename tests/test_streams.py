@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from evenlight.cache.errors import UsageError
 from evenlight.stages.corrector.batches import Batch, TrainingData, take
-from evenlight.stages.corrector.camera import Camera, draw_camera, mis_exposed
+from evenlight.stages.corrector.camera import Camera, blocky, draw_camera, mis_exposed
 from evenlight.stages.corrector.scenes import find_scenes, pairs
 from evenlight.stages.corrector.streams import (
     Pools,
@@ -73,6 +73,18 @@ def test_batches_are_a_function_of_their_draw():
     for x, y in zip(one[:-1], other[:-1], strict=True):
         assert torch.equal(x, y)
     assert not torch.equal(one.photo, seen(data, settings, 4, pools).photo)
+
+
+def test_a_jpeg_keeps_blocks_in_steps_and_no_step_keeps_the_photo():
+    photo = scene(1, 32)
+    quanta = torch.tensor([0.0, 2 / 255, 9 / 255]).view(-1, 1, 1, 1)
+    kept = blocky(photo.expand(3, -1, -1, -1), quanta)
+    assert torch.equal(kept[0], photo[0])
+    fine, coarse = ((x - photo[0]).abs().mean() * 255 for x in kept[1:])
+    assert 0.1 < fine < coarse < 12
+    flat = blocky(torch.full((1, 3, 16, 16), 0.4), quanta[2:])
+    assert float((flat - flat.mean((2, 3), keepdim=True)).abs().max()) < 1e-5
+    assert float((flat - 0.4).abs().max()) * 255 < 9 / 8  # a step of a block's sum, over 8
 
 
 def test_a_stream_without_photos_leaves_its_rows_to_another_and_one_with_0_has_none():

@@ -2,8 +2,8 @@
 
 Strength and residual are carried by the lines a * luma + b of a guided filter fitted at the working
 size (stages/pixels.py), so that they follow the photo's own edges.  Fills are smooth: which pixels
-they fill is told by the photo's values at full size.  The cost per pixel is constant and memory is
-bounded by the photo itself.
+they fill is told by the photo's values at full size.  Grain is taken out there, before shadows are
+lifted (grain.py).  The cost per pixel is constant and memory is bounded by the photo itself.
 """
 
 # H W full-size pixels, h w working-size pixels
@@ -15,12 +15,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from evenlight.stages.corrector import grain
 from evenlight.stages.corrector.network import Correction, correct
 from evenlight.stages.pixels import coefficients, luma
 
 STRIP_PIXELS = 2**20
 GUIDE_RADIUS = 4  # working-size pixels
 GUIDE_EPS = 1e-3
+LIFTED = 0.5  # strength of the photo from which on all grain is taken out, below in proportion
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,24 +56,35 @@ def apply_maps(pixels_HW3: np.ndarray, maps: Maps, strength: float = 1.0) -> np.
     height, width = pixels_HW3.shape[:2]
     out = np.empty_like(pixels_HW3)
     rows = max(1, STRIP_PIXELS // width)
+    share = min(1.0, strength * float(maps.whole) / LIFTED)
+    deviation = grain.grain_of(pixels_HW3) if share > 0 else 0.0
     for top in range(0, height, rows):
         strip = slice(top, min(top + rows, height))
-        out[strip] = _corrected_strip(pixels_HW3[strip], strip, height, maps, strength)
+        rgb = _calm_strip(pixels_HW3, strip, deviation, share)
+        out[strip] = _corrected_strip(rgb, strip, height, maps, strength, pixels_HW3.dtype)
     return out
 
 
+def _calm_strip(pixels: np.ndarray, strip: slice, deviation: float, share: float) -> Tensor:
+    """Rows `strip` of the photo, 1,3,rows,W in [0, 1], without grain of that deviation."""
+    reach = grain.REACH if deviation else 0
+    top = max(0, strip.start - reach)
+    values = pixels[top : strip.stop + reach].astype(np.float32) / np.iinfo(pixels.dtype).max
+    if deviation:
+        values = grain.smoothed(values, deviation, share)
+    values = values[strip.start - top :][: strip.stop - strip.start]
+    return torch.from_numpy(values).permute(2, 0, 1)[None]
+
+
 def _corrected_strip(
-    pixels: np.ndarray, strip: slice, height: int, maps: Maps, strength: float
+    rgb: Tensor, strip: slice, height: int, maps: Maps, strength: float, dtype: np.dtype
 ) -> np.ndarray:
-    top_value = np.iinfo(pixels.dtype).max
-    values = torch.from_numpy(pixels.astype(np.float32)) / top_value
-    rgb = values.permute(2, 0, 1)[None]
-    a, b, fill = (_strip_of(x, strip, height, pixels.shape[1]) for x in (maps.a, maps.b, maps.fill))
+    a, b, fill = (_strip_of(x, strip, height, rgb.shape[3]) for x in (maps.a, maps.b, maps.fill))
     t, residual = (a * luma(rgb) + b).split(3, 1)
     correction = Correction(maps.whole, t, fill[:, :1], fill[:, 1:], residual)
     corrected = correct(rgb, correction.scaled(strength), maps.family)
-    scaled = (corrected[0].permute(1, 2, 0).clamp(0, 1) * top_value).round()
-    return scaled.numpy().astype(pixels.dtype)
+    scaled = (corrected[0].permute(1, 2, 0).clamp(0, 1) * np.iinfo(dtype).max).round()
+    return scaled.numpy().astype(dtype)
 
 
 def _strip_of(low_1Chw: Tensor, strip: slice, height: int, width: int) -> Tensor:

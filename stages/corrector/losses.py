@@ -31,6 +31,7 @@ START_WEIGHTS = {
     "prompt": 0.005,
 }
 BORDER = 2  # how far a colour edge along what was lost may lie from it, pixels
+LIGHT = 0.75  # quantile of likely values that fills lost highlights
 GOOD_ENOUGH = 0.9  # probability of "normal" from which the prompt half asks for no more
 DARK = 0.03  # pixels with a shorter RGB vector have no hue to keep
 
@@ -52,8 +53,10 @@ def total(
     share 0 are left out, and the semantic and prompt halves where the models see no photo.
     """
     target, confidence, chosen = batch.target, batch.confidence, batch.chosen
-    measure = mse if settings.faithful else charbonnier
-    parts = {"data": measure(output, target, confidence)}
+    if settings.faithful:
+        parts = {"data": mse(output, target, confidence)}
+    else:
+        parts = {"data": charbonnier(output, target, confidence, taken(batch))}
     if settings.edges:
         parts["edges"] = edges(output, target, confidence)
     if settings.colour:
@@ -76,11 +79,25 @@ def mse(output_B3HW: Tensor, target_B3HW: Tensor, confidence_B1HW: Tensor) -> Te
     return _weighted_mean((output_B3HW - target_B3HW).square(), confidence_B1HW)
 
 
-def charbonnier(output_B3HW: Tensor, target_B3HW: Tensor, confidence_B1HW: Tensor) -> Tensor:
-    """Smooth absolute error, and twice the squared one, weighted by confidence."""
+def charbonnier(
+    output_B3HW: Tensor, target_B3HW: Tensor, confidence_B1HW: Tensor, taken_B3HW: Tensor
+) -> Tensor:
+    """Smooth absolute error, and twice the squared one, weighted by confidence.
+
+    taken: how much of a value is a guess, 0 to 1.  There the error is absolute alone and weighs
+    more where the output is too dark: its best guess is the quantile LIGHT of likely values, which
+    is white where most of them are; their mean would be grey.
+    """
     error = output_B3HW - target_B3HW
     absolute = (error.square() + 1e-5).sqrt() - 1e-5**0.5
-    return _weighted_mean(absolute + 2 * error.square(), confidence_B1HW)
+    leaning = 1 - (2 * LIGHT - 1) * error.sign() * taken_B3HW
+    squared = 2 * error.square() * (1 - taken_B3HW)
+    return _weighted_mean(leaning * absolute + squared, confidence_B1HW)
+
+
+def taken(batch: Batch) -> Tensor:
+    """How much of each value of darkened photos clipping may have taken, B,3,c,c."""
+    return lost(batch.photo) * (batch.strength < 0).view(-1, 1, 1, 1)
 
 
 def edges(output_B3HW: Tensor, target_B3HW: Tensor, confidence_B1HW: Tensor) -> Tensor:

@@ -27,7 +27,7 @@ PROTO_CHANNELS = 32  # FastSAM mask prototypes
 SEEN = 9  # planes that the tone head's network sees: photo, toned photo, what is lost
 # Before the tanh: offset moves slowly, lest training starts with photos too dark or too bright; the
 # cover fast, since it is to be near 0 or 1.
-GAINS = (0.3, 0.3, 0.3, 3.0, 0.5, 0.5, 0.5)
+GAINS = (0.3, 0.3, 0.3, 5.0, 0.5, 0.5, 0.5)
 Layer = TypeVar("Layer", bound=nn.Conv2d)
 
 
