@@ -7,7 +7,7 @@ import io
 import itertools
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -23,56 +23,46 @@ from evenlight.pipeline.console import Progress, silent
 from evenlight.pipeline.load import load_predictor
 from evenlight.stages.corrector.predictor import Predictor
 from evenlight.stages.evaluation.baselines import BASELINES, ORACLES, Oracle
-from evenlight.stages.evaluation.metrics import PROTOCOL, Figures, agreement, measure
+from evenlight.stages.evaluation.metrics import (
+    PROTOCOL,
+    Figures,
+    agreement,
+    figure,
+    lpips_lacks,
+    measure,
+)
 from evenlight.stages.evaluation.sets import Case, list_cases
 from evenlight.stages.photos.decode import decode
 from evenlight.stages.photos.find import without_controls
 from evenlight.stages.priors.pseudo_gt import re_expose
 
 SIDES = ("under", "over", "all")
-COLUMNS = {  # figure of a row: heading, decimals
-    "psnr": ("PSNR", 2),
-    "ssim": ("SSIM", 3),
-    "colour": ("CIEDE2000", 2),
-    "gain_psnr": ("PSNR/gain", 2),
-    "lost_colour": ("lost/colour", 2),
-    "lost_chroma": ("lost/chroma", 2),
-    "bands": ("bands", 2),
-    "grey": ("grey", 3),
-    "change": ("change", 2),
-    "tint": ("tint", 2),
-    "luma": ("luma", 1),
-    "noise": ("noise", 2),
-    "agreement": ("agreement", 2),
-}
 
 
 @dataclass(frozen=True, kw_only=True)
-class Row:
-    """Means of one method over one side of one set; None where no photo has the figure."""
+class Row(Figures):
+    """Means of one method over one side of one set; nan where no photo has the figure."""
 
     data: str
     method: str
     side: str
     photos: int
-    psnr: float | None
-    ssim: float | None
-    colour: float | None
-    gain_psnr: float | None
-    lost_colour: float | None  # None where no photo is clipped, likewise the next three
-    lost_chroma: float | None
-    bands: float | None
-    grey: float | None
-    change: float | None
-    tint: float | None  # None where no photo is blown
-    luma: float | None
-    noise: float | None  # None where no photo is dark anywhere
-    agreement: float | None  # None where no scene has two photos
+    agreement: float = figure("agreement")  # nan where no scene has two photos
 
     def shown(self) -> list[str]:
         """The figures of COLUMNS for people to read, "-" where there is none."""
-        values = ((getattr(self, name), decimals) for name, (_, decimals) in COLUMNS.items())
-        return ["-" if value is None else f"{value:.{decimals}f}" for value, decimals in values]
+        values = ((getattr(self, name), column["decimals"]) for name, column in COLUMNS.items())
+        return ["-" if math.isnan(value) else f"{value:.{places}f}" for value, places in values]
+
+    def plain(self) -> dict[str, Any]:
+        """Names and figures, None where there is none."""
+        told = {name: getattr(self, name) for name in ("data", "method", "side", "photos")}
+        values = {name: getattr(self, name) for name in COLUMNS}
+        return told | {name: None if math.isnan(x) else x for name, x in values.items()}
+
+
+# figure: its heading and decimals
+COLUMNS = {one.name: one.metadata for one in fields(Row) if one.metadata}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,15 +74,15 @@ class Evaluation:
     def to_csv(self) -> str:
         """The rows as CSV with a header."""
         text = io.StringIO()
-        writer = csv.DictWriter(text, list(Row.__dataclass_fields__))
+        writer = csv.DictWriter(text, ["data", "method", "side", "photos", *COLUMNS])
         writer.writeheader()
-        writer.writerows(asdict(row) for row in self.rows)
+        writer.writerows(row.plain() for row in self.rows)
         return text.getvalue()
 
     def to_text(self) -> str:
         """One table per set, and the protocol."""
         width = max((len(row.method) for row in self.rows), default=0)
-        headings = [heading for heading, _ in COLUMNS.values()]
+        headings = [column["heading"] for column in COLUMNS.values()]
         header = f"{'method':{width}}  side   photos{_cells(headings)}"
         lines = []
         for name, digest in self.sets.items():
@@ -103,6 +93,8 @@ class Evaluation:
                 if row.data == name
             ]
             lines.append("")
+        if lacks := lpips_lacks():
+            lines.append(f"LPIPS is not available: it needs {lacks}")
         return "\n".join([*lines, self.protocol])
 
 
@@ -237,7 +229,12 @@ def open_case(case: Case) -> Opened:
         if not mask.any():
             raise UsageError(f"{case.mask} is all black: nothing of {case.photo} would be scored")
         digests.append(digest)
-    photo, reference = case.prepare(photo, reference)
+    objects = None
+    if case.objects is not None:
+        objects, digest = _read(case.objects)
+        _refuse_other_size(case.photo, photo, "picture of objects", objects)
+        digests.append(digest)
+    photo, reference = case.prepare(photo, reference, objects)
     return Opened(photo=photo, reference=reference, mask=mask, digests=digests)
 
 
@@ -266,14 +263,14 @@ def _means(data: str, method: str, measured: _Measured) -> list[Row]:
     return rows
 
 
-def _mean(values: Sequence[float]) -> float | None:
+def _mean(values: Sequence[float]) -> float:
     """Over the photos that have the figure (the others say nan)."""
     known = [value for value in values if not math.isnan(value)]
-    return fmean(known) if known else None
+    return fmean(known) if known else math.nan
 
 
 def _cells(texts: Sequence[str]) -> str:
-    widths = (max(8, len(heading) + 2) for heading, _ in COLUMNS.values())
+    widths = (max(8, len(column["heading"]) + 2) for column in COLUMNS.values())
     return "".join(f"{text:>{width}}" for text, width in zip(texts, widths, strict=True))
 
 

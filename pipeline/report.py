@@ -70,7 +70,7 @@ def colour_regions(labels_HW: np.ndarray) -> np.ndarray:
 
 
 def _table(evaluation: Evaluation) -> str:
-    headings = ["method", "side", "photos", *(heading for heading, _ in COLUMNS.values())]
+    headings = ["method", "side", "photos", *(column["heading"] for column in COLUMNS.values())]
     header = "".join(f"<th>{heading}</th>" for heading in headings)
     rows = "".join(
         f"<tr><td>{html.escape(row.method)}</td><td>{row.side}</td><td>{row.photos}</td>"

@@ -9,18 +9,21 @@ from statistics import fmean
 import cv2
 import numpy as np
 import pytest
+import torch
+import torchvision
 from photo_makers import picture
 from PIL import Image
 from toy_corrector import run_cli, save_toy_corrector, toy_models
 
 from evenlight.cache.errors import StoreError, UsageError
-from evenlight.pipeline.evaluate import evaluate
+from evenlight.pipeline.evaluate import evaluate, open_case
 from evenlight.stages.evaluation import metrics
 from evenlight.stages.evaluation.baselines import (
     BASELINES,
-    GAMMA_SEARCH,
     ORACLES,
-    best_gamma,
+    SEARCH,
+    best_curve,
+    clahe,
     film_rule,
 )
 from evenlight.stages.evaluation.sets import exposure_fusion, list_cases
@@ -90,15 +93,15 @@ def test_photos_without_a_reference_get_no_figure_that_needs_one(model, tmp_path
         write(tmp_path / name, pixels)
     found = evaluate([model], [f"unpaired:{tmp_path}"])
     methods = [row.method for row in found.rows]
-    assert methods == ["identity", "film rule", *methods_of(model)]
+    assert methods == [*BASELINES, *methods_of(model)]
     for row in found.rows:
         assert (row.side, row.photos) == ("all", 2)
-        assert [row.psnr, row.ssim, row.colour, row.gain_psnr, row.agreement] == [None] * 5
+        assert np.isnan([row.psnr, row.ssim, row.colour, row.gain_psnr, row.agreement]).all()
         assert row.luma is not None
     identity, rule = found.rows[:2]
     assert identity.change == 0 < rule.change
     assert identity.luma < rule.luma == pytest.approx(119, abs=3)
-    assert [row["psnr"] for row in csv.DictReader(io.StringIO(found.to_csv()))] == [""] * 6
+    assert [row["psnr"] for row in csv.DictReader(io.StringIO(found.to_csv()))] == [""] * 7
     (line,) = (line for line in found.to_text().splitlines() if line.startswith("film rule"))
     assert line.split()[4:8] == ["-"] * 4 and f"{rule.luma:.1f}" in line.split()
     assert "nan" not in found.to_text() + found.to_csv()
@@ -125,7 +128,7 @@ def test_well_exposed_photos_are_their_own_reference(tmp_path):
     rows = {row.method: row for row in evaluate([], [f"good:{tmp_path}"]).rows}
     assert rows["identity"].change == 0 and rows["identity"].psnr == 100
     assert rows["film rule"].change > 0
-    assert rows["identity"].agreement is None
+    assert np.isnan(rows["identity"].agreement)
 
 
 def test_photos_are_re_exposed_by_five_evs_around_their_reference(tmp_path):
@@ -180,7 +183,7 @@ def test_scenes_are_scored_where_their_mask_is_not_black(tmp_path):
     assert everywhere.agreement == pytest.approx(metrics.agreement(left))
     assert masked.change == 0
     oracle = identity("best gamma (answer in hand)", "under")
-    alone = best_gamma(left[0], left[1])
+    alone = best_curve("gamma", left[0], left[1])
     assert oracle.psnr == pytest.approx(measured(alone, left[1]).psnr)
 
 
@@ -207,14 +210,75 @@ def test_a_mask_that_cannot_be_used_is_refused(name, mask, words, tmp_path):
         evaluate([], [f"scenes:{tmp_path}"])
 
 
-def test_best_gamma_is_the_best_of_all_it_searches():
+@pytest.mark.parametrize("family", ["gamma", "film"])
+def test_the_best_curve_is_the_best_of_all_it_searches(family):
     photo, reference = scene(-0.9), scene(0.0)
-    best = measured(best_gamma(photo, reference), reference).psnr
-    for t in GAMMA_SEARCH:
-        other = to_bytes(tone.apply("gamma", to_float(photo), float(t))).numpy()
+    best = measured(best_curve(family, photo, reference), reference).psnr
+    for t in SEARCH:
+        other = to_bytes(tone.apply(family, to_float(photo), float(t))).numpy()
         assert measured(other, reference).psnr <= best + 1e-4
     assert best > measured(photo, reference).psnr + 3
-    assert np.array_equal(best_gamma(reference, reference), reference)
+    assert np.array_equal(best_curve(family, reference, reference), reference)
+
+
+def test_clahe_spreads_lightness_and_keeps_hue():
+    dull = (100 + 0.2 * scene(0.0).astype(float)).astype(np.uint8)
+    spread = clahe(dull)
+    assert spread.dtype == np.uint8 and spread.std() > 1.3 * dull.std()
+    grey = np.full((64, 64, 3), 90, np.uint8)
+    grey[:, 32:] = 110
+    assert np.ptp(clahe(grey).astype(int), axis=2).max() <= 2
+
+
+def write_objects(root: Path) -> np.ndarray:
+    """One photo of three objects, the middle one a third of it."""
+    photo = scene(0.0, size=(60, 90))
+    objects = np.zeros((60, 90, 3), np.uint8)
+    objects[:, 20:50], objects[:10] = 7, (0, 0, 255)
+    for folder, pixels in (("photo", photo), ("objects", objects)):
+        (root / folder).mkdir(parents=True)
+        write(root / folder / "a.png", pixels)
+    return photo
+
+
+def test_one_object_of_a_set_of_uneven_photos_is_exposed_otherwise(tmp_path):
+    good = write_objects(tmp_path)
+    (case,) = list_cases("uneven", tmp_path)
+    opened = open_case(case)
+    assert np.array_equal(opened.reference, good)
+    differs = np.abs(opened.photo.astype(int) - good).max(2) > 2
+    assert differs[14:, 26:44].mean() > 0.9 and not differs[:, 56:].any() and not differs[:5].any()
+    assert np.array_equal(open_case(case).photo, opened.photo)
+    (tmp_path / "objects/a.png").unlink()
+    with pytest.raises(UsageError, match=r"a\.png has no objects in"):
+        list_cases("uneven", tmp_path)
+
+
+def test_clipped_photos_lose_their_lights_alike_at_every_reading(tmp_path):
+    good = scene(0.4, size=(61, 83))
+    write(tmp_path / "a.png", good)
+    (case,) = list_cases("clipped", tmp_path)
+    opened = open_case(case)
+    assert opened.photo.shape == good.shape and case.side == "over"
+    blown = (opened.photo >= 254).mean()
+    assert blown > (good >= 254).mean() + 0.1 and opened.photo.mean() > good.mean() + 20
+    assert np.array_equal(open_case(case).photo, opened.photo)
+
+
+def test_lpips_is_told_where_alexnet_is_and_else_what_it_lacks(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    photo, other = scene(0.0, size=(80, 96)), scene(-1.0, size=(80, 96))
+    assert np.isnan(measured(photo, other).lpips)
+    write_triplets(tmp_path / "set")
+    text = evaluate([], [f"triplets:{tmp_path / 'set'}"]).to_text()
+    assert f"LPIPS is not available: it needs AlexNet's weights, {tmp_path}/checkpoints/" in text
+    (tmp_path / "checkpoints").mkdir()
+    torch.manual_seed(0)
+    state = torchvision.models.alexnet().state_dict()
+    torch.save(state, tmp_path / "checkpoints/alexnet-owt-7be5be79.pth")
+    assert measured(photo, photo).lpips == pytest.approx(0, abs=1e-6)
+    assert measured(photo, other).lpips > 0.001
+    metrics._alexnet.cache_clear()
 
 
 def test_the_film_rule_brings_mean_luma_to_119():
@@ -305,10 +369,11 @@ def test_every_model_and_baseline_is_in_the_table_of_every_set(table):
     assert len(table.sets) == 2
     for name in table.sets:
         methods = [row.method for row in table.rows if row.data == name and row.side == "all"]
-        assert methods[:3] == [*BASELINES, *ORACLES] == [
-            "identity", "film rule", "best gamma (answer in hand)",
+        assert methods[:5] == [*BASELINES, *ORACLES] == [
+            "identity", "film rule", "CLAHE",
+            "best gamma (answer in hand)", "best film (answer in hand)",
         ]  # fmt: skip
-        one, other = methods[3:7], methods[7:]
+        one, other = methods[5:9], methods[9:]
         assert one == methods_of(one[2]) and other == methods_of(other[2])
         assert one[2].endswith("/A") and other[2].endswith("/B")
 
@@ -342,7 +407,7 @@ def as_text(row: dict[str, object]) -> dict[str, str]:
 
 def test_csv_json_and_text_say_the_same_as_the_rows(table, tmp_path, monkeypatch, capsys):
     read = list(csv.DictReader(io.StringIO(table.to_csv())))
-    assert [as_text(vars(row)) for row in table.rows] == read
+    assert [as_text(row.plain()) for row in table.rows] == read
     text = table.to_text()
     assert all(f"{row.psnr:.2f}" in text and row.method in text for row in table.rows)
     assert all(f"{row.luma:.1f}" in text for row in table.rows)
@@ -438,7 +503,7 @@ def test_photos_are_measured_at_their_own_size_and_depth(model, tmp_path, monkey
     (tmp_path / "input/a.png").write_bytes(cv2.imencode(".png", deep[..., ::-1])[1].tobytes())
     rows = evaluate([model], [f"pairs:{tmp_path}"]).rows
     assert rows[0].method == "identity" and rows[0].psnr == 100
-    assert sizes == [((203, 157, 3), np.uint8)] * 7
+    assert sizes == [((203, 157, 3), np.uint8)] * 9
 
 
 def test_a_model_trained_with_other_priors_is_refused_with_exit_3(tmp_path, monkeypatch, capsys):

@@ -35,8 +35,8 @@ class Camera(NamedTuple):
     gain: float  # log
     white: float
     noise: float
-    regions: int  # seed of what each region is exposed otherwise by; -1: none is
-    soft: int  # pixels
+    regions: int = -1  # seed of what each region is exposed otherwise by; -1: none is
+    soft: int = 1  # pixels
     quantum: float = 0.0  # of 255, step of a JPEG's luma at the lowest frequency; 0: no JPEG
 
 

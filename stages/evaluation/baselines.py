@@ -3,12 +3,14 @@
 import functools
 from collections.abc import Callable
 
+import cv2
 import numpy as np
 
 from evenlight.stages.pixels import resize, to_float
 from evenlight.stages.priors import tone
 
-GAMMA_SEARCH = np.linspace(-2.5, 2.5, 101)
+SEARCH = np.linspace(-2.5, 2.5, 101)  # strengths, or logs of gammas
+CLAHE_LIMIT, CLAHE_TILES = 2.0, (8, 8)  # of contrast; OpenCV's usual tiles
 
 Baseline = Callable[[np.ndarray], np.ndarray]
 """photo -> output, uint8 H,W,3."""
@@ -27,11 +29,18 @@ def film_rule(photo: np.ndarray) -> np.ndarray:
     return tone.on_bytes("film", photo, float(strength[0]))
 
 
-def best_gamma(
-    photo: np.ndarray, reference: np.ndarray, mask: np.ndarray | None = None
+def clahe(photo: np.ndarray) -> np.ndarray:
+    """Contrast-limited equalisation of the lightness in CIELAB, by OpenCV."""
+    lightness, *colour = cv2.split(cv2.cvtColor(photo, cv2.COLOR_RGB2LAB))
+    equalised = cv2.createCLAHE(CLAHE_LIMIT, CLAHE_TILES).apply(lightness)
+    return cv2.cvtColor(cv2.merge([equalised, *colour]), cv2.COLOR_LAB2RGB)
+
+
+def best_curve(
+    family: str, photo: np.ndarray, reference: np.ndarray, mask: np.ndarray | None = None
 ) -> np.ndarray:
-    """The single gamma of least squared error to the reference: chosen with the answer in hand."""
-    curves = _gamma_curves()
+    """The single curve of least squared error to the reference: chosen with the answer in hand."""
+    curves = _curves(family)
     levels, answers = (x.ravel() if mask is None else x[mask].ravel() for x in (photo, reference))
     # sum (curve[p] - r)^2 over pixels, less the part no curve changes, from sums per level of p
     counts = np.bincount(levels, minlength=256)
@@ -43,12 +52,16 @@ def best_gamma(
 BASELINES: dict[str, Baseline] = {
     "identity": untouched,
     "film rule": film_rule,
+    "CLAHE": clahe,
 }
-ORACLES: dict[str, Oracle] = {"best gamma (answer in hand)": best_gamma}
+ORACLES: dict[str, Oracle] = {
+    f"best {family} (answer in hand)": functools.partial(best_curve, family)
+    for family in ("gamma", "film")
+}
 
 
 @functools.cache
-def _gamma_curves() -> np.ndarray:
+def _curves(family: str) -> np.ndarray:
     """float64 of whole numbers: a row per strength of the search, a column per 8-bit level."""
     levels = np.arange(256, dtype=np.uint8)
-    return np.stack([tone.on_bytes("gamma", levels, t) for t in GAMMA_SEARCH]).astype(np.float64)
+    return np.stack([tone.on_bytes(family, levels, t) for t in SEARCH]).astype(np.float64)

@@ -2,10 +2,14 @@
 
 # H W pixels, n pixels that are scored
 
+import functools
 import itertools
 import math
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import MISSING, dataclass, field
+from pathlib import Path
 from statistics import fmean
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,12 +29,15 @@ BLOWN = 254  # of 255: a channel from here on is clipped, a pixel with all of th
 WHITE = 230  # of 255: a blown pixel that comes out darker is grey
 SHADOW = 25  # of 255: luma below which noise is lifted
 BORDER = 2  # of what is clipped, pixels to either side
+ALEXNET = "alexnet-owt-7be5be79.pth"  # of torchvision, in the folder of torch.hub
+LPIPS_SIDE = 64  # pixels a side, the least that AlexNet takes
 FEWEST = 50  # pixels, for a figure of some of them
 PROTOCOL = (
     "PSNR (at most 100 dB) and SSIM (11x11 Gaussian, sigma 1.5, borders reflected, mean over "
     "channels) on sRGB rounded to 8 bits, range 255, native size, no resizing, no crop, no gain "
     "matching; colour difference CIEDE2000 (D65); PSNR/gain: after the one gain of least squared "
-    "error (structure apart from brightness); change: mean absolute difference from the photo, "
+    "error (structure apart from brightness); LPIPS: of AlexNet, learned weights 0.1; "
+    "change: mean absolute difference from the photo, "
     "of 255; tint: mean of largest less smallest channel, of 255, where the photo is blown; "
     "lost/colour and lost/chroma: CIEDE2000 and distance in a*b* where a channel of the photo is "
     "clipped (254 on); bands: differences of a*b* between neighbours along the borders of what is "
@@ -39,27 +46,33 @@ PROTOCOL = (
     "absolute difference of luma from its 3x3 mean, of 255, where the photo's is below 25; "
     "luma: mean luma of the output, of 255; agreement: PSNR between the outputs of a scene's "
     "photos; where a scene has a mask, all of them over its pixels that are not black (SSIM: its "
-    "map over them); means over photos; -: no photo has it (without a reference: only change to "
-    "noise)"
+    "map over them, no LPIPS); means over photos; -: no photo has it (without a reference: only "
+    "change to noise)"
 )
+
+
+def figure(heading: str, decimals: int = 2, default: Any = math.nan) -> Any:
+    """A field of Figures, and how tables show it."""
+    return field(default=default, metadata={"heading": heading, "decimals": decimals})
 
 
 @dataclass(frozen=True, kw_only=True)
 class Figures:
-    """Figures of one output; those up to `grey` compare it with the reference: nan without one."""
+    """Figures of one output, nan for those it has not; up to `grey` they need a reference."""
 
-    psnr: float = math.nan  # dB, higher is better
-    ssim: float = math.nan  # at most 1, higher is better
-    colour: float = math.nan  # CIEDE2000, lower is better
-    gain_psnr: float = math.nan  # dB after the best gain, higher is better
-    lost_colour: float = math.nan  # CIEDE2000 where a channel of the photo is clipped
-    lost_chroma: float = math.nan  # distance in a*b* there
-    bands: float = math.nan  # colour edges along clipped borders over the reference's; 1 is right
-    grey: float = math.nan  # share of blown pixels below WHITE where the reference is not
-    change: float  # of 255
-    tint: float  # of 255 where the photo is blown; nan where it is nowhere
-    luma: float  # of 255
-    noise: float  # of 255, where the photo is dark; nan where it is nowhere
+    psnr: float = figure("PSNR")  # dB, higher is better
+    ssim: float = figure("SSIM", 3)  # at most 1, higher is better
+    lpips: float = figure("LPIPS", 3)  # lower is better
+    colour: float = figure("CIEDE2000")  # lower is better
+    gain_psnr: float = figure("PSNR/gain")  # dB after the best gain, higher is better
+    lost_colour: float = figure("lost/colour")  # CIEDE2000 where a channel of the photo is clipped
+    lost_chroma: float = figure("lost/chroma")  # distance in a*b* there
+    bands: float = figure("bands")  # colour edges along clipped borders over the reference's
+    grey: float = figure("grey", 3)  # share of blown pixels below WHITE where the reference is not
+    change: float = figure("change", default=MISSING)  # of 255
+    tint: float = figure("tint", default=MISSING)  # of 255 where the photo is blown
+    luma: float = figure("luma", 1, default=MISSING)  # of 255
+    noise: float = figure("noise", default=MISSING)  # of 255, where the photo is dark
 
 
 def measure(
@@ -116,6 +129,7 @@ def _compared(
     return {
         "psnr": _psnr(output, reference),
         "ssim": _ssim(output_HW3, reference_HW3, mask_HW),
+        "lpips": _lpips(output_HW3, reference_HW3) if mask_HW is None else math.nan,
         "colour": float(colour_HW[scored].mean()),
         "gain_psnr": _psnr((gain * output).clamp(0, 255), reference),
         "lost_colour": _mean_where(colour_HW, lost_HW),
@@ -143,6 +157,27 @@ def _ssim(output_HW3: np.ndarray, reference_HW3: np.ndarray, mask_HW: np.ndarray
     )
     ssim, map_13HW = found
     return float(ssim if mask_HW is None else map_13HW[:, :, torch.from_numpy(mask_HW)].mean())
+
+
+def lpips_lacks() -> str:
+    """What LPIPS lacks here, in words; "" where it can be told."""
+    weights = Path(torch.hub.get_dir()) / "checkpoints" / ALEXNET
+    return "" if weights.is_file() else f"AlexNet's weights, {weights}"
+
+
+def _lpips(output_HW3: np.ndarray, reference_HW3: np.ndarray) -> float:
+    """Zhang et al. 2018, by torchmetrics, which carries the learned layers; nan without AlexNet."""
+    if lpips_lacks() or min(output_HW3.shape[:2]) < LPIPS_SIDE:
+        return math.nan
+    with torch.inference_mode():
+        return float(_alexnet()(to_float(output_HW3), to_float(reference_HW3)))
+
+
+@functools.cache
+def _alexnet() -> Callable[[Tensor, Tensor], Tensor]:
+    from torchmetrics.image.lpip import LearnedPerceptualImagePatchSimilarity as Lpips
+
+    return Lpips(net_type="alex", normalize=True)  # pictures in [0, 1]
 
 
 def _colour_maps(

@@ -6,14 +6,23 @@ from pathlib import Path
 
 import cv2
 import numpy as np
+import torch
 
 from evenlight.cache.errors import UsageError
+from evenlight.cache.files import sha256_bytes
+from evenlight.stages.corrector.camera import Camera, mis_exposed
 from evenlight.stages.photos.find import SUFFIXES
+from evenlight.stages.pixels import box_mean, to_bytes, to_float
 from evenlight.stages.priors import tone
 
 # Ends of names; 0 EV counts as over (preset msec_enc).
 MSEC_SIDES = {"_N1.5": "under", "_N1": "under", "_0": "over", "_P1": "over", "_P1.5": "over"}
 REEXPOSURES = {-2: "under", -1: "under", 0: "all", 1: "over", 2: "over"}  # EV -> side
+# What a camera keeps of a photo in the layout `clipped`: channels clip on their own.
+CLIPPING = Camera(shape=1.8, gain=1.2, white=0.93, noise=0.004, quantum=3.0)
+APART = (0.6, 1.5)  # |film strength| of the object that is exposed otherwise, in `uneven`
+SUBJECT = 1 / 3  # of the photo, that this object is nearest to
+SOFT = 2  # radius of its border, pixels
 TAG = "__"  # between the name of a scene and what tells its photos apart
 
 
@@ -23,8 +32,9 @@ class Case:
 
     name: of the scene; photos of one name are of one scene.  side: "under", "over", "all" for
     neither, or "" to be measured against the reference.  mask: picture whose black pixels are not
-    scored.  ev: the photo is its file re-exposed by so many EV.  fused: the reference is the
-    exposure fusion of photo and reference.
+    scored.  The photo is its file re-exposed by `ev` EV, or as a camera that `clips` keeps it, or
+    with one of its `objects` (a picture, a colour each) exposed otherwise.  fused: the reference is
+    the exposure fusion of photo and reference.
     """
 
     name: str
@@ -32,16 +42,22 @@ class Case:
     photo: Path
     reference: Path | None
     mask: Path | None = None
+    objects: Path | None = None
     ev: float = 0.0
+    clips: bool = False
     fused: bool = False
 
     def prepare(
-        self, photo: np.ndarray, reference: np.ndarray | None
+        self, photo: np.ndarray, reference: np.ndarray | None, objects: np.ndarray | None
     ) -> tuple[np.ndarray, np.ndarray | None]:
         """What is measured, from the decoded files: uint8 H,W,3 each."""
         if self.ev:
             t = self.ev / tone.EV_PER_STRENGTH
             photo = tone.on_bytes("ev", photo, t)
+        if self.clips:
+            photo = clipped(photo, _seed(self.name))
+        if objects is not None:
+            photo = unevenly_exposed(photo, objects, _seed(self.name))
         if self.fused:
             assert reference is not None
             reference = exposure_fusion([photo, reference])
@@ -52,6 +68,36 @@ def exposure_fusion(photos: list[np.ndarray]) -> np.ndarray:
     """Mertens, Kautz, Van Reeth, "Exposure Fusion" (2007), by OpenCV.  uint8 H,W,3 of one size."""
     fused = cv2.createMergeMertens().process(photos)  # symmetric in the channels
     return (fused.clip(0, 1) * 255).round().astype(np.uint8)
+
+
+def clipped(photo_HW3: np.ndarray, seed: int) -> np.ndarray:
+    """The photo (uint8) as an over-exposing camera keeps it.  seed: of its noise."""
+    height, width = photo_HW3.shape[:2]
+    padded = np.pad(photo_HW3, ((0, -height % 8), (0, -width % 8), (0, 0)), mode="edge")
+    nowhere = torch.zeros(1, *padded.shape[:2], dtype=torch.uint8)
+    noise = torch.Generator().manual_seed(seed)
+    kept = to_bytes(mis_exposed(to_float(padded), nowhere, [CLIPPING], noise)).numpy()
+    return kept[:height, :width]
+
+
+def unevenly_exposed(photo_HW3: np.ndarray, objects_HW3: np.ndarray, seed: int) -> np.ndarray:
+    """The photo (uint8), the object nearest to SUBJECT in size exposed otherwise than the rest.
+
+    objects: uint8, a colour each.  seed: of by how much.
+    """
+    _, labels, counts = np.unique(
+        objects_HW3.reshape(-1, 3), axis=0, return_inverse=True, return_counts=True
+    )
+    subject = int(np.abs(counts / labels.size - SUBJECT).argmin())
+    rng = np.random.default_rng(seed)
+    strength = rng.uniform(*APART) * rng.choice([-1, 1])
+    where = torch.from_numpy((labels == subject).reshape(photo_HW3.shape[:2]))
+    t_11HW = float(strength) * box_mean(where[None, None].float(), SOFT)
+    return to_bytes(tone.apply("film", to_float(photo_HW3), t_11HW)).numpy()
+
+
+def _seed(name: str) -> int:
+    return int(sha256_bytes(name.encode())[:8], 16)
 
 
 def list_cases(layout: str, root: Path) -> list[Case]:
@@ -144,18 +190,35 @@ def scene_folders(find_scene: Callable[[Path, dict[str, Path]], Iterator[Case]])
     return find
 
 
-def single_photos(*, with_reference: bool, evs: Mapping[int, str] | None = None) -> Finder:
+def single_photos(
+    *, with_reference: bool = True, evs: Mapping[int, str] | None = None, clips: bool = False
+) -> Finder:
     """Photos in one folder, each its own reference or without one.
 
-    evs: re-exposures of each, and the side that each makes; by default none.
+    evs: re-exposures of each, and the side that each makes; by default none.  clips: see Case.
     """
-    evs = {0: "all"} if evs is None else evs
+    evs = {0: "over" if clips else "all"} if evs is None else evs
 
     def find(root: Path) -> Iterator[Case]:
         for stem, path in _by_stem(root).items():
             reference = path if with_reference else None
             for ev, side in evs.items():
-                yield Case(name=stem, side=side, photo=path, reference=reference, ev=ev)
+                yield Case(
+                    name=stem, side=side, photo=path, reference=reference, ev=ev, clips=clips
+                )
+
+    return find
+
+
+def with_objects(photos: str, objects: str) -> Finder:
+    """Photos in one folder, each its own reference, pictures of their objects in another."""
+
+    def find(root: Path) -> Iterator[Case]:
+        shown = _by_stem(root / objects)
+        for stem, path in _by_stem(root / photos).items():
+            if stem not in shown:
+                raise UsageError(f"{path} has no objects in {root / objects}")
+            yield Case(name=stem, side="all", photo=path, reference=path, objects=shown[stem])
 
     return find
 
@@ -205,11 +268,20 @@ LAYOUTS = {
     "lcdp": Layout("input/NAME.* and gt/NAME.* (LCDP test split)", matched("input", "gt")),
     "good": Layout(
         "NAME.*: well-exposed photos, which must stay as they are",
-        single_photos(with_reference=True),
+        single_photos(),
     ),
     "reexposed": Layout(
         "NAME.*: well-exposed photos, re-exposed by -2, -1, 0, +1 and +2 EV in linear light",
-        single_photos(with_reference=True, evs=REEXPOSURES),
+        single_photos(evs=REEXPOSURES),
+    ),
+    "clipped": Layout(
+        "NAME.*: well-exposed photos, over-exposed by a camera whose channels clip",
+        single_photos(clips=True),
+    ),
+    "uneven": Layout(
+        "photo/NAME.*: well-exposed photos, and objects/NAME.png, a colour or grey per object, one "
+        "of which is exposed otherwise than the rest",
+        with_objects("photo", "objects"),
     ),
     "fusion": Layout(
         "SCENE/under.*, SCENE/over.*; the reference is their exposure fusion",
