@@ -6,7 +6,7 @@ unexport PYTHONDONTWRITEBYTECODE  # else every process compiles torch anew: 6 s 
 # Waiting threads give way: spinning ones make a training step take 20 s for 1 on a busy machine.
 export OMP_WAIT_POLICY := PASSIVE
 
-.PHONY: demo test quick check wheel clean
+.PHONY: demo test quick torture check wheel clean
 
 demo: $(VENV)/ready
 	$(BIN)/python -m evenlight.pipeline.demo demo-output
@@ -17,6 +17,9 @@ test: $(VENV)/ready
 
 quick: $(VENV)/ready  # while at work: all but the tests that take more than about ten seconds
 	$(BIN)/python -m pytest -q -m 'not slow'
+
+torture: $(VENV)/ready  # hours: every fault with its full counts, and every safety removed once
+	$(BIN)/python -m benchmarks.torture
 
 check: $(VENV)/ready
 	$(BIN)/ruff format --check .

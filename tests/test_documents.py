@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from test_training import KEPT, TOY, run
+from torture import most, tell
 from toy_corrector import run_cli, save_toy_corrector, toy_models
 from toy_store import SPECS, precompute
 from toys import ToyClip
@@ -54,16 +55,17 @@ def changed(document, place, value):
     return document
 
 
-def all_changes(document, most=300):
+def all_changes(document, usual=300):
     """At most so many, spread evenly: every place is hit, by a share of the values."""
     changes = [
         changed(document, place, value) for place in places(document) for value in (*HOSTILE, GONE)
     ]
-    return changes[:: 1 + len(changes) // most]
+    return changes[:: 1 + len(changes) // most(usual, len(changes))]
 
 
 def refusals(changes, write, use) -> int:
     """How many were refused; use raises nothing but StoreError."""
+    tell(len(changes))
     refused = 0
     for document in changes:
         write(document)

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from torture import trials
 
 from evenlight.cache import files
 from evenlight.cache.errors import StoreError
@@ -138,6 +139,13 @@ def test_what_is_no_sealed_json_is_refused_by_name(tmp_path, content):
         files.read_json(path)
 
 
+def test_numbers_that_json_does_not_have_are_never_written(tmp_path):
+    for number in (float("nan"), float("inf")):
+        with pytest.raises(ValueError, match="not JSON compliant"):
+            files.write_json(tmp_path / "sealed.json", {"a": [number]})
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_missing_or_unreadable_json_file_is_refused_by_name(tmp_path):
     for path in (tmp_path / "missing", tmp_path):
         with pytest.raises(StoreError, match=str(path)):
@@ -172,9 +180,9 @@ def contend(path, start, answers):
 
 
 def test_of_two_runs_one_is_refused_by_name_and_a_killed_one_is_taken_over(tmp_path):
-    """50 trials: both start at once, the winner is killed with -9, a third takes over."""
+    """Both start at once, the winner is killed with -9, a third takes over."""
     path = tmp_path / "lock"
-    for _ in range(50):
+    for _ in range(trials(50, 500)):
         (start, begin), (reading, answers) = os.pipe(), os.pipe()
         pids = [contend(path, start, answers) for _ in range(2)]
         os.write(begin, b"xx")

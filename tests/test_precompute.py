@@ -7,6 +7,7 @@ import time
 
 import numpy as np
 import pytest
+from torture import trials
 from toys import ToyClip, ToySegmenter, write_photos
 
 from evenlight.cache.errors import EnvironmentLacks, PhotoError, StoreError, UsageError
@@ -576,7 +577,7 @@ def test_killed_at_random_precompute_resumes_to_the_same_store(photos, finished,
     started = time.monotonic()
     precompute(photos, tmp_path / "timed", settings=SETTINGS, models=toys())
     whole = time.monotonic() - started
-    for trial in range(8):
+    for trial in range(trials(8, 100)):
         store = tmp_path / f"S{trial}"
         for _ in range(3):
             pid = run_in_child(

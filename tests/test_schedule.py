@@ -5,8 +5,14 @@ from pathlib import Path
 
 import psutil
 import pytest
+from test_store_kills import die_at_call
+from torture import trials
+from toy_store import FIRST, SPECS, UNIT, rows
+from toy_store import precompute as toy_precompute
 
 from evenlight.cache.errors import EnvironmentLacks, StoreError
+from evenlight.cache.schema import PARTS, PhotoRecord
+from evenlight.cache.store import Store
 from evenlight.pipeline import schedule
 
 
@@ -43,6 +49,37 @@ def test_several_workers_do_every_task_though_one_dies(tmp_path):
     assert run(mark_but_die_once, tasks) == tasks
     pids = {(tmp_path / str(number)).read_text() for number in range(6)}
     assert str(os.getpid()) not in pids
+
+
+def write_unit(task: tuple[Path, int]) -> tuple[Path, int]:
+    """Write a unit of a toy store; the first who tries some of them dies on the way."""
+    path, unit = task
+    died = path.parent / f"died{unit}"
+    if unit % 4 == 0 and not died.exists():
+        died.touch()
+        die_at_call(5 + unit, torn=unit % 8 == 0)
+    with Store.attach(path) as store:
+        names = store.index.unit_names(unit)
+        photos = [PhotoRecord(name, f"sha of {name}") for name in names]
+        parts = {part: (FIRST[part], {}) for part in PARTS}
+        for spec in SPECS:
+            parts[spec.part][1][spec.name] = rows(spec, names, FIRST[spec.part])
+        store.write_parts(unit, photos, parts)
+    return task
+
+
+def test_workers_that_die_in_the_middle_of_a_unit_cost_nothing_but_time(folder):
+    units = 4 * trials(1, 50)
+    names = [f"{number:04}.jpg" for number in range(units * UNIT)]
+    toy_precompute(folder / "here", names=names)
+    path = folder / "S"
+    with Store.create_or_open(path, unit_size=UNIT) as store:
+        store.write_index(store.index.updated(names))
+        store.ensure_arrays(SPECS)
+        tasks = [(path, unit) for unit in range(units)]
+        assert run(write_unit, tasks) == tasks
+        assert len(list(folder.glob("died*"))) == units // 4
+        assert store.verify() == [] and store.digest() == Store.open(folder / "here").digest()
 
 
 def test_a_task_that_keeps_failing_stops_the_run_in_words(tmp_path):

@@ -15,6 +15,7 @@ import pytest
 import zarr
 from hypothesis import given
 from hypothesis import strategies as st
+from torture import trials
 
 from evenlight.cache import files
 from evenlight.cache.errors import StoreError
@@ -332,9 +333,10 @@ def test_a_store_of_a_newer_schema_is_refused_by_all(path, monkeypatch):
             make(path)
 
 
-def test_a_record_of_another_schema_is_an_incomplete_unit(path):
+@pytest.mark.parametrize("schema", [SCHEMA + 1, SCHEMA - 1, None, "2"])
+def test_a_record_of_another_schema_is_an_incomplete_unit(path, schema):
     file = path / "evenlight" / "units" / "000001.json"
-    files.write_json(file, files.read_json(file) | {"schema": SCHEMA + 1})
+    files.write_json(file, files.read_json(file) | {"schema": schema})
     store = Store.open(path)
     assert store.record(1) is None
     assert [damage.unit for damage in store.verify()] == [1]
@@ -400,6 +402,29 @@ def test_workers_write_different_units_into_one_store(filled, tmp_path):
         assert [os.waitpid(pid, 0)[1] for pid in pids] == [0, 0]
         assert store.verify() == []
         assert store.digest() == Store.open(filled).digest()
+
+
+def test_four_workers_write_many_units_into_one_store_and_none_is_lost(folder):
+    units = trials(12, 200)
+    names = [f"{number:04}.jpg" for number in range(units * UNIT)]
+    digests = []
+    for workers in (1, 4):
+        with Store.create_or_open(folder / f"{workers}.zarr", unit_size=UNIT) as store:
+            store.write_index(store.index.updated(names))
+            store.ensure_arrays(SPECS)
+            pids = []
+            for first in range(workers):
+                pid = os.fork()
+                if pid == 0:
+                    worker = Store.attach(store.path)
+                    for unit in range(first, units, workers):
+                        worker.write_parts(unit, photos_of(worker, unit), data(seed=unit))
+                    os._exit(0)
+                pids.append(pid)
+            assert [os.waitpid(pid, 0)[1] for pid in pids] == [0] * workers
+            assert store.verify() == [] and all(record.complete for record in store.records())
+            digests.append(store.digest())
+    assert digests[0] == digests[1]
 
 
 def test_a_run_that_is_taken_over_between_shards_and_record_writes_no_record(path, monkeypatch):

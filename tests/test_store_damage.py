@@ -5,6 +5,7 @@ import shutil
 
 import numpy as np
 import pytest
+from torture import trials
 from toy_store import ARRAYS, SPECS, UNIT, precompute, rows
 
 from evenlight.cache.errors import StoreError
@@ -40,9 +41,8 @@ def assert_seen(path, array, unit):
 
 
 def test_any_flipped_bit_of_a_part_is_seen(store_path):
-    """100 of 100."""
     generator = random.Random(2)
-    for _ in range(100):
+    for _ in range(trials(100, 1000)):
         array, unit = generator.choice(ARRAYS), generator.randrange(2)
         file = shard(store_path, array, unit)
         whole = file.read_bytes()
@@ -56,9 +56,8 @@ def test_any_flipped_bit_of_a_part_is_seen(store_path):
 
 @pytest.mark.parametrize("damage", ["deleted", "emptied", "cut", "older"])
 def test_a_lost_or_older_shard_is_seen(store_path, damage):
-    """50 of 50 each."""
     generator = random.Random(3)
-    for _ in range(50):
+    for _ in range(trials(50, 200)):
         array, unit = generator.choice(ARRAYS), generator.randrange(2)
         file = shard(store_path, array, unit)
         whole = file.read_bytes()
@@ -73,9 +72,9 @@ def test_a_lost_or_older_shard_is_seen(store_path, damage):
 
 
 def test_two_valid_shards_that_changed_places_are_seen(store_path):
-    """50 of 50, within an array and between two of one unit."""
+    """Within an array and between two of one unit."""
     generator = random.Random(4)
-    for _ in range(50):
+    for _ in range(trials(50, 200)):
         one = (generator.choice(ARRAYS), generator.randrange(2))
         other = generator.choice([(a, u) for a in ARRAYS for u in (0, 1) if (a, u) != one])
         files_ = [shard(store_path, *one), shard(store_path, *other)]
@@ -126,13 +125,14 @@ def use(path):
 
 
 def test_damaged_records_and_documents_end_in_an_incomplete_unit_or_a_refusal(store_path):
-    """200 of 200: cut, one bit flipped, or deleted; and precompute then mends each."""
+    """Cut, one bit flipped, or deleted; and precompute then mends each."""
     whole = {p: p.read_bytes() for p in store_path.rglob("*.json")}
     targets = sorted(whole)
     digest = Store.open(store_path).digest()
     generator = random.Random(5)
     seen = 0
-    for number in range(200):
+    count = trials(200, 1000)
+    for number in range(count):
         file = targets[number % len(targets)]
         data = bytearray(whole[file])
         kind = generator.choice(["cut", "flip", "flip", "delete"])
@@ -156,4 +156,4 @@ def test_damaged_records_and_documents_end_in_an_incomplete_unit_or_a_refusal(st
         assert mended.digest() == digest and mended.verify() == []
         for path, content in whole.items():
             path.write_bytes(content)
-    assert seen > 150  # the rest are flips in indentation and the like
+    assert seen > 0.75 * count  # the rest are flips in indentation and the like

@@ -1,0 +1,101 @@
+"""A disk that fills up at any size, and memory over a long run."""
+
+import errno
+import gc
+import os
+
+import psutil
+import pytest
+import torch
+from test_precompute import SETTINGS, toys
+from test_training import run as train_toy
+from test_training import with_train
+from torture import trials
+from toys import write_photos
+
+from evenlight.cache.errors import StoreError
+from evenlight.cache.store import Store
+from evenlight.pipeline import config
+from evenlight.pipeline.precompute import precompute
+from evenlight.stages.corrector.checkpoint import load_latest
+
+SIZES = 10
+
+
+class Disk:
+    """os.write on a disk with room for so many bytes: what fits is written, then it is full."""
+
+    def __init__(self, room: float = float("inf")) -> None:
+        self.write, self.room, self.written = os.write, room, 0
+
+    def __call__(self, descriptor, data):
+        fits = min(len(data), self.room - self.written)
+        if fits <= 0:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        self.written += int(fits)
+        return self.write(descriptor, data[: int(fits)])
+
+
+def sizes(needed: int) -> list[int]:
+    count = trials(SIZES, 10 * SIZES)
+    return [needed * number // (count + 1) for number in range(1, count + 1)]
+
+
+def with_disk(room, work):
+    disk = Disk(room)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "write", disk)
+        work()
+    return disk
+
+
+def test_a_disk_that_fills_up_in_precompute_costs_the_unit_in_hand(folder):
+    write_photos(folder / "photos", 6)
+
+    def make(store):
+        precompute(folder / "photos", store, settings=SETTINGS, models=toys())
+
+    needed = with_disk(float("inf"), lambda: make(folder / "whole")).written
+    digest = Store.open(folder / "whole").digest()
+    kept = []
+    for number, room in enumerate(sizes(needed)):
+        store = folder / f"S{number}"
+        with pytest.raises(StoreError, match=r"No space left on device .*run the same command"):
+            with_disk(room, lambda store=store: make(store))
+        if (store / "evenlight" / "index.json").exists():
+            assert Store.open(store).verify() == []
+            kept.append(sum(record.complete for record in Store.open(store).records()))
+        make(store)
+        assert Store.open(store).digest() == digest
+    assert kept == sorted(kept) and {0, 1} <= set(kept)  # the more room, the more is kept
+
+
+@pytest.mark.slow
+def test_a_disk_that_fills_up_in_training_leaves_whole_checkpoints(folder):
+    short = with_train(steps=4, validate_every=2)
+    needed = with_disk(float("inf"), lambda: train_toy(folder / "whole", short)).written
+    corrector = (folder / "whole" / "corrector.safetensors").read_bytes()
+    for number, room in enumerate(sizes(needed)):
+        out = folder / f"run{number}"
+        with pytest.raises(OSError, match="No space left on device"):
+            with_disk(room, lambda out=out: train_toy(out, short))
+        load_latest(out / "checkpoints")  # None, or whole
+        train_toy(out, short)
+        assert (out / "corrector.safetensors").read_bytes() == corrector
+
+
+def test_memory_stays_level_over_many_photos(folder):
+    count = trials(120, 2000)
+    write_photos(folder / "photos", count, size=32)
+    seen = []
+
+    def watch(what, done, _):
+        if what == "photos":
+            gc.collect()
+            seen.append((done, psutil.Process().memory_info().rss))
+
+    small = config.build(overrides=["photo.size=64", "run.unit_size=8", "ladder.regions=3"])
+    torch.set_num_threads(1)
+    precompute(folder / "photos", folder / "S", settings=small, models=toys(), on_progress=watch)
+    (first, before), (last, after) = seen[len(seen) // 3], seen[-1]
+    assert after - before < 5e6 * (last - first) / 1000 + 8e6
