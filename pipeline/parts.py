@@ -169,14 +169,10 @@ def _pseudo_gt(have: Mapping[str, Any], tools: Tools) -> Arrays:
     from evenlight.stages.priors.pseudo_gt import choose
 
     made = choose(have["photo"], have["regions"], dict(have), tools.judge, tools.settings)
-    if _spread(made["pseudo_gt"]) == 0 and _spread(have["photo"]) > FLAT:
+    of_one_colour = (made["pseudo_gt"] == made["pseudo_gt"][0, 0]).all()
+    if of_one_colour and np.ptp(have["photo"], axis=(0, 1)).max() > FLAT:
         raise PhotoError("its pseudo-ground-truth came out as one colour: a model's fault")
     return made
-
-
-def _spread(rgb_HW3: np.ndarray) -> int:
-    """Largest difference of two pixels in one channel."""
-    return int(np.ptp(rgb_HW3, axis=(0, 1)).max())
 
 
 PARTS = (

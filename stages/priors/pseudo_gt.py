@@ -8,8 +8,6 @@ a network of the priors here.
 
 # K ladder strengths, R regions, S strengths, D embedding, H W pixels
 
-from collections.abc import Sequence
-
 import numpy as np
 import torch
 from torch import Tensor
@@ -18,7 +16,6 @@ from evenlight.stages.pixels import guided_filter, luma, resize, to_bytes, to_fl
 from evenlight.stages.priors import judge as judging
 from evenlight.stages.priors import tone
 from evenlight.stages.priors.judge import Judge
-from evenlight.stages.priors.ladder import CLIPPED_HIGH, CLIPPED_LOW
 from evenlight.stages.priors.region_strengths import region_strengths
 from evenlight.stages.priors.scores import grid_strength
 from evenlight.stages.settings import Settings
@@ -41,7 +38,6 @@ def choose(
     region_strengths (R), t_map and confidence at 1/4 size (float16) and pseudo_gt (uint8 H,W,3).
     """
     ladder, wanted = settings.ladder, settings.pseudo_gt
-    rgb = to_float(photo_HW3)
     scores = _logits(judge, cached["clip_ladder"])
     p_good, judged = 0.0, np.zeros(len(judging.STRENGTHS))
     if wanted.search == "grid":
@@ -60,7 +56,7 @@ def choose(
         chosen, t_map = by_region(photo_HW3, labels_HW, cached, judge, settings, start)
     else:
         chosen, t_map = _everywhere(photo_HW3, cached, start)
-    confidence = certainty * _unclipped_weight(rgb, *t_map.shape[2:])
+    confidence = certainty * _unclipped_weight(photo_HW3, *t_map.shape[2:])
     return {
         "scores": scores.astype(np.float32),
         "p_good": np.array(p_good, np.float32),
@@ -92,8 +88,9 @@ def by_region(
     family, most = settings.ladder.family, settings.pseudo_gt.max_strength
     p_RS = judge.region_opinions(cached, settings.ladder.offsets, start)
     chosen[:count] = region_strengths(cached["region_tones"][:count], p_RS, start, family, most)
-    masks = [torch.from_numpy(labels_HW == label) for label in cached["region_labels"][:count]]
-    return chosen, smooth_map(to_float(photo_HW3), masks, chosen[:count], start, family)
+    strength_of = np.full(256, start, np.float32)  # label -> strength
+    strength_of[cached["region_labels"][:count]] = chosen[:count]
+    return chosen, _smooth(strength_of[labels_HW], photo_HW3, start, family)
 
 
 def _everywhere(
@@ -113,20 +110,13 @@ def re_expose(photo_HW3: np.ndarray, t_map: Tensor, family: str) -> np.ndarray:
     return to_bytes(tone.apply(family, to_float(photo_HW3), t)).numpy()
 
 
-def smooth_map(
-    rgb_13HW: Tensor, masks: Sequence[Tensor], values: np.ndarray, start: float, family: str
-) -> Tensor:
-    """Strengths of regions as one smooth map at 1/4 size that follows the photo's edges.
-
-    masks: bool H,W each.  values: their strengths; what no mask covers has `start`.
-    """
-    height, width = rgb_13HW.shape[2] // MAP_SCALE, rgb_13HW.shape[3] // MAP_SCALE
-    painted = torch.full((1, 1, *rgb_13HW.shape[2:]), start)
-    for mask, value in zip(masks, values, strict=True):
-        painted[0, 0][mask] = float(value)
-    guide = luma(tone.apply(family, resize(rgb_13HW, height, width), torch.tensor(start)))
-    radius = max(height, width) // 16
-    return guided_filter(guide, resize(painted, height, width), radius=radius)
+def _smooth(painted_HW: np.ndarray, photo_HW3: np.ndarray, start: float, family: str) -> Tensor:
+    """Strengths as one smooth map at 1/4 size (1,1,h,w) that follows the edges of the photo."""
+    height, width = (side // MAP_SCALE for side in painted_HW.shape)
+    small = resize(to_float(photo_HW3), height, width)
+    guide = luma(tone.apply(family, small, torch.tensor(start)))
+    painted = resize(torch.from_numpy(painted_HW)[None, None], height, width)
+    return guided_filter(guide, painted, radius=max(height, width) // 16)
 
 
 def _logits(judge: Judge, embeddings: np.ndarray) -> np.ndarray:
@@ -137,7 +127,9 @@ def _logits(judge: Judge, embeddings: np.ndarray) -> np.ndarray:
     return logits.double().numpy().reshape(*embeddings.shape[:-1], 3)
 
 
-def _unclipped_weight(rgb: Tensor, height: int, width: int) -> Tensor:
+def _unclipped_weight(photo_HW3: np.ndarray, height: int, width: int) -> Tensor:
     """1 where the photo holds information, 0.2 where it is clipped.  1,1,height,width."""
-    lost = (rgb >= CLIPPED_HIGH).any(1, keepdim=True) | (rgb <= CLIPPED_LOW).all(1, keepdim=True)
-    return 1 - 0.8 * resize(lost.float(), height, width)
+    red, green, blue = np.moveaxis(photo_HW3, 2, 0)
+    largest_HW = np.maximum(np.maximum(red, green), blue)
+    lost_HW = (largest_HW >= 254) | (largest_HW <= 1)  # a channel blown, or all crushed
+    return 1 - 0.8 * resize(torch.from_numpy(lost_HW)[None, None].float(), height, width)
