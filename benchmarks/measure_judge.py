@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from benchmarks.brackets import Photo, bootstrap
+from benchmarks.intervals import Photo, bootstrap
 from evenlight.pipeline.evaluate import open_case
 from evenlight.pipeline.models import load_models
 from evenlight.stages.evaluation.sets import list_cases
