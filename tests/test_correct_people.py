@@ -390,6 +390,17 @@ def test_nothing_that_is_printed_moves_the_terminal(capsys):
     assert said == "a\\x1b[2Jb\\x07.jpg\nnext \\xe2\\x80\\xaegnp \\xe9 \\xed\\xa0\\x80 gr\u00fcn\n"
 
 
+def test_names_that_are_no_utf_8_print_on_stdout():
+    code = (
+        "import sys\nfrom evenlight import cli\nfrom evenlight.pipeline import doctor\n"
+        "doctor.doctor = lambda: {'photo': 'p\\udce9', 'lacks': []}\n"
+        "sys.argv = ['evenlight', 'doctor']\ncli.main()"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith("photo: p\\udce9\n")
+
+
 def test_h_is_help(monkeypatch, capsys):
     assert run_cli(monkeypatch, "correct", "-h") == 0
     assert "--strength" in capsys.readouterr().out
