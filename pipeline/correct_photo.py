@@ -130,8 +130,8 @@ def correct_job(job: Job, model: str | None, settings: str, options: Options, ho
 def _made(
     job: Job, predictor: Predictor, options: Options, mark: dict[str, Any]
 ) -> tuple[bytes, Outcome]:
-    """The bytes of the output; what they are made from is added to the mark.  A photo that is left
-    alone is its own file, to the bit."""
+    """The bytes of the output; what they are made from is added to the mark.  A photo that the judge
+    leaves alone is its own file, to the bit."""
     with contextlib.suppress(OSError):  # before it is read, lest a change meanwhile goes unseen
         mark["stat"] = stat_of(job.source)
     data = job.source.read_bytes()
@@ -141,7 +141,7 @@ def _made(
     _refuse_name(job, wanted)
     photo, change = _corrected(photo, predictor, options.strength)
     as_it_came = wanted == photo.format != "array" and options.quality is None
-    if change == Change() and as_it_came:
+    if change == Change() and as_it_came and options.strength:
         return data, Outcome(job=job, change=change, kept=["the whole file"])
     photo = in_format(photo, wanted, options.quality)
     kept, notes = kept_of(photo.metadata), list(photo.metadata.notes)
