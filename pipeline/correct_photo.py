@@ -130,8 +130,10 @@ def correct_job(job: Job, model: str | None, settings: str, options: Options, ho
 def _made(
     job: Job, predictor: Predictor, options: Options, mark: dict[str, Any]
 ) -> tuple[bytes, Outcome]:
-    """The bytes of the output; what they are made from is added to the mark.  A photo that the judge
-    leaves alone is its own file, to the bit."""
+    """The bytes of the output; what they are made from is added to the mark.
+
+    A photo that the judge leaves alone is its own file, to the bit.
+    """
     with contextlib.suppress(OSError):  # before it is read, lest a change meanwhile goes unseen
         mark["stat"] = stat_of(job.source)
     data = job.source.read_bytes()
