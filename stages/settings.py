@@ -11,7 +11,7 @@ from typing import Any
 
 from evenlight.cache.errors import UsageError
 
-FAMILIES = ("film", "ps", "ev", "gamma")
+FAMILIES = ("film", "ev", "gamma")
 AFFECTS = ("photo", "regions", "embeddings", "pseudo_gt", "prompts", "training", "run")
 
 

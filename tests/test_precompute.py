@@ -128,7 +128,7 @@ DECIDES = {
     },
     "embeddings": {
         "clip.model": "other", "clip.mean": (0.1, 0.2, 0.3), "clip.std": (0.1, 0.2, 0.3),
-        "clip.image_size": 96, "ladder.family": "ps", "ladder.offsets": (-1.0, 0.0, 1.0),
+        "clip.image_size": 96, "ladder.family": "ev", "ladder.offsets": (-1.0, 0.0, 1.0),
         "ladder.regions": 2, "ladder.min_region_area": 0.1,
     },
     "pseudo_gt": {

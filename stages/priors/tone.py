@@ -37,7 +37,7 @@ def apply(family: str, x: Tensor, t: Tensor | float) -> Tensor:
         curve = CURVES[family]
         if family == "ev":  # finite slopes at both ends, and its shoulder does not reach 1
             return curve(x, t)
-        if family in ("film", "ps"):  # infinitely steep at white
+        if family == "film":  # infinitely steep at white
             x = x * _white_point(t)
         inside = x.clamp(END, 1 - END)
         y = curve(inside, t)
@@ -117,11 +117,6 @@ def _film(x: Tensor, t: Tensor) -> Tensor:
     return (FILM_B * exposed.log()).exp()
 
 
-def _ps(x: Tensor, t: Tensor) -> Tensor:
-    """1 - (1 - x)^exp(t)."""
-    return -torch.expm1(t.exp() * torch.log1p(-x))
-
-
 def _gamma(x: Tensor, t: Tensor) -> Tensor:
     """x^exp(-t)."""
     return ((-t).exp() * x.log()).exp()
@@ -151,7 +146,6 @@ def linear_to_srgb(x: Tensor) -> Tensor:
 
 CURVES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "film": _film,
-    "ps": _ps,
     "ev": _ev,
     "gamma": _gamma,
 }
