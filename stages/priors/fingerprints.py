@@ -46,10 +46,7 @@ def of_segmenter(settings: RegionSettings) -> str:
 def clip_file(settings: ClipSettings) -> Path:
     """The CLIP weights that settings name.  Raises EnvironmentLacks where they are missing."""
     if settings.model == SHIPPED_CLIP and not settings.weights:
-        path = shipped(SHIPPED_CLIP)
-        if not path.is_file():
-            raise EnvironmentLacks(f"{path} is missing: this install is damaged, reinstall")
-        return path
+        return _present(shipped(SHIPPED_CLIP))
     cure = f"run {FETCH} where there is a network"
     if not settings.weights:
         raise EnvironmentLacks(
@@ -64,12 +61,15 @@ def clip_file(settings: ClipSettings) -> Path:
     return path
 
 
-def shipped_config() -> dict:
-    """What stands beside the weights of clip-lite0: `model_cfg` and `preprocess_cfg`."""
-    path = shipped(SHIPPED_CLIP).with_suffix(".json")
+def _present(path: Path) -> Path:
     if not path.is_file():
         raise EnvironmentLacks(f"{path} is missing: this install is damaged, reinstall")
-    return json.loads(path.read_text())
+    return path
+
+
+def shipped_config() -> dict:
+    """What stands beside the weights of clip-lite0: `model_cfg` and `preprocess_cfg`."""
+    return json.loads(_present(shipped(SHIPPED_CLIP).with_suffix(".json")).read_text())
 
 
 def shipped_reading(settings: ClipSettings) -> Reading:
