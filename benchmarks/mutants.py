@@ -180,7 +180,7 @@ MUTANTS = (
            "    except MemoryError as error:", "    except ZeroDivisionError as error:",
            "test_precompute.py -k more_memory"),
     Mutant("a pseudo-GT of one colour is a failure", "pipeline/parts.py",
-           '    if _spread(made["pseudo_gt"]) == 0 and _spread(have["photo"]) > FLAT:',
+           '    if of_one_colour and np.ptp(have["photo"], axis=(0, 1)).max() > FLAT:',
            "    if False:", "test_precompute.py -k one_colour"),
     Mutant("what cannot be made anew is refused", PRECOMPUTE,
            "        _refuse_without_files(target, plans, sources, photos)\n", "",
@@ -214,7 +214,7 @@ MUTANTS = (
            "test_checkpoint.py -k its_name_is_on_disk"),
     Mutant("a checkpoint is built under another name", CHECKPOINT,
            '    building = folder / f"{_BUILDING}{final.name}"\n', "    building = final\n",
-           "test_checkpoint.py -k its_name_is_on_disk"),
+           "test_checkpoint.py -k every_io"),
     Mutant("what was written is read back", CHECKPOINT,
            '"info": info})\n    load_tensors(stem)\n', '"info": info})\n',
            "test_checkpoint.py -k stores_something_else"),
@@ -253,7 +253,7 @@ MUTANTS = (
     Mutant("ultralytics keeps its settings out of the home", FASTSAM,
            "        YOLO_CONFIG_DIR=str(config),\n", "", DOORS + " -k ultralytics"),
     Mutant("ultralytics stays offline", FASTSAM, '        YOLO_OFFLINE="true",\n', "",
-           DOORS + " -k ultralytics"),
+           "test_fastsam_weights.py -k opens_no_connection"),
     Mutant("ultralytics installs nothing", FASTSAM, '        YOLO_AUTOINSTALL="false",\n', "",
            DOORS + " -k ultralytics"),
     Mutant("weights are stored, not compressed", WEIGHTS,
@@ -267,7 +267,8 @@ MUTANTS = (
            " if not n.startswith(allowed) and n not in HARMLESS]:\n",
            "        if foreign := []:\n", "test_fastsam_weights.py -k runs_a_command"),
     Mutant("modules that hold each other end", WEIGHTS,
-           "        if visited + len(pending) > MAX_MODULES:", "        if visited > 10**6:",
+           '            raise ValueError(f"it holds more than {MAX_MODULES} modules")\n',
+           "            return\n",
            "test_fastsam_weights.py -k hold_each_other"),
     Mutant("a profile does not swell", "stages/photos/metadata.py",
            "inflater.decompress(packed, _MAX_ICC)", "inflater.decompress(packed)",
@@ -341,7 +342,7 @@ def passes(copy: Path, tests: str, most_s: int) -> bool | None:
         options = ["-x", "-q", "-p", "no:cacheprovider"]
         os._exit(pytest.main([*options, *shlex.split(f"tests/{tests}")]))
     status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    return {0: True, 1: False, -signal.SIGALRM: False}.get(status)
+    return {0: True, 1: False}.get(status, False if status < 0 else None)  # below 0: by a signal
 
 
 def main() -> int:

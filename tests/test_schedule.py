@@ -6,7 +6,7 @@ from pathlib import Path
 import psutil
 import pytest
 from test_store_kills import die_at_call
-from torture import trials
+from torture import tell
 from toy_store import FIRST, SPECS, UNIT, rows
 from toy_store import precompute as toy_precompute
 
@@ -69,7 +69,7 @@ def write_unit(task: tuple[Path, int]) -> tuple[Path, int]:
 
 
 def test_workers_that_die_in_the_middle_of_a_unit_cost_nothing_but_time(folder):
-    units = 4 * trials(1, 50)
+    units = 4 * tell(1)
     names = [f"{number:04}.jpg" for number in range(units * UNIT)]
     toy_precompute(folder / "here", names=names)
     path = folder / "S"
