@@ -23,6 +23,7 @@ from evenlight.pipeline.outputs import (
     Job,
     Options,
     mark_output,
+    place_of,
     refuse_strength,
     stat_of,
 )
@@ -137,7 +138,7 @@ def _made(
     with contextlib.suppress(OSError):  # before it is read, lest a change meanwhile goes unseen
         mark["stat"] = stat_of(job.source)
     data = job.source.read_bytes()
-    mark["photo"] = sha256_bytes(data)
+    mark |= {"photo": sha256_bytes(data), "from": place_of(job.source)}
     photo = decode(data, job.source.name, max_megapixels=predictor.settings.photo.max_megapixels)
     wanted = photo.format if job.format == "same" else job.format
     _refuse_name(job, wanted)
@@ -190,11 +191,14 @@ def _corrected(photo: Photo, predictor: Predictor, strength: float) -> tuple[Pho
     if photo.gray:
         mean = np.rint(pixels.mean(2, keepdims=True)).astype(pixels.dtype)
         pixels = np.repeat(mean, 3, axis=2)
-    change = _change(photo.pixels, pixels, _filled(seen, maps) * min(strength, 1))
+    change = change_between(photo.pixels, pixels, _filled(seen, maps) * min(strength, 1))
     return dataclasses.replace(photo, pixels=pixels), change
 
 
-def _change(before_HW3: np.ndarray, after_HW3: np.ndarray, highlights: float) -> Change:
+def change_between(
+    before_HW3: np.ndarray, after_HW3: np.ndarray, highlights: float = 0.0
+) -> Change:
+    """What was done to a photo, as its mean light tells.  Pixels: uint8 or uint16, one size."""
     step = max(1, math.isqrt(before_HW3[..., 0].size // _SEEN))
     before, after = (_mean_light(pixels[::step, ::step]) for pixels in (before_HW3, after_HW3))
     ev = math.log2((after + 1e-4) / (before + 1e-4))

@@ -166,9 +166,7 @@ def state_of(job: Job, how: str) -> str:
     """
     if not job.target.is_file():
         return "none"
-    mark: dict[str, Any] = {}
-    with contextlib.suppress(OSError, AttributeError, ValueError):  # none, not on this system
-        mark = dict(json.loads(os.getxattr(job.target, MARK)))
+    mark = _mark_of(job.target)
     try:
         is_same_photo = mark.get("stat") == stat_of(job.source) or (
             mark.get("photo") == sha256_bytes(job.source.read_bytes())
@@ -182,10 +180,29 @@ def state_of(job: Job, how: str) -> str:
 
 
 def mark_output(job: Job, mark: dict[str, Any]) -> None:
-    """Say what an output was made from.  mark: "how", "stat" and "photo" (sha256) of its photo,
-    "made" (its own sha256)."""
+    """Say what an output was made from.  mark: "how", "from" (`place_of`), "stat" and "photo"
+    (sha256) of its photo, "made" (its own sha256)."""
     with contextlib.suppress(OSError, AttributeError):
         os.setxattr(job.target, MARK, canonical_json(mark))
+
+
+def _mark_of(output: Path) -> dict[str, Any]:
+    with contextlib.suppress(OSError, AttributeError, ValueError):  # none, not on this system
+        return dict(json.loads(os.getxattr(output, MARK)))
+    return {}
+
+
+def place_of(source: PhotoSource) -> list[str | None]:
+    """Where a photo came from, for the mark of its output."""
+    return [str(source.path.absolute()), source.dataset]
+
+
+def origin_of(output: PhotoSource) -> PhotoSource | None:
+    """The photo that an output was made from; None where it does not say."""
+    match _mark_of(output.path).get("from"):
+        case [str(path), str() | None as dataset]:
+            return PhotoSource(output.name, Path(path), output.output_name, dataset)
+    return None
 
 
 def stat_of(source: PhotoSource) -> list[int]:
