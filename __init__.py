@@ -1,8 +1,8 @@
 """evenlight: mends badly exposed photographs, learning from unlabelled photos.
 
 The act on one photo is `correct`; each command is a function: `correct_files` (the command
-`correct`), `precompute`, `tune_clip`, `regenerate`, `train`, `evaluate`.  All are imported at
-their first use, so that importing evenlight costs nothing.
+`correct`), `precompute`, `tune_clip`, `regenerate`, `train`, `evaluate`, `report`.  All are
+imported at their first use, so that importing evenlight costs nothing.
 """
 
 import importlib
@@ -15,13 +15,14 @@ if TYPE_CHECKING:
     from evenlight.pipeline.judge import tune_clip
     from evenlight.pipeline.load import load_predictor
     from evenlight.pipeline.precompute import precompute, regenerate
+    from evenlight.pipeline.report import report
     from evenlight.pipeline.train import train
     from evenlight.stages.corrector.predictor import Predictor
 
 __version__ = "0.1.0"
 __all__ = [
     "Predictor", "correct", "correct_files", "evaluate", "load_predictor", "precompute",
-    "regenerate", "train", "tune_clip",
+    "regenerate", "report", "train", "tune_clip",
 ]  # fmt: skip
 _HOMES = {
     "Predictor": "evenlight.stages.corrector.predictor",
@@ -31,6 +32,7 @@ _HOMES = {
     "load_predictor": "evenlight.pipeline.load",
     "precompute": "evenlight.pipeline.precompute",
     "regenerate": "evenlight.pipeline.precompute",
+    "report": "evenlight.pipeline.report",
     "train": "evenlight.pipeline.train",
     "tune_clip": "evenlight.pipeline.judge",
 }

@@ -272,6 +272,37 @@ def correct(
 
 
 @app.command()
+def report(
+    target: Annotated[
+        Path, typer.Argument(help="A store, a training run, or a folder of corrected photos.")
+    ],
+    out: Annotated[
+        Path | None, typer.Option("-o", "--out", help="The page; default: TARGET.html.")
+    ] = None,
+    photos: Annotated[
+        list[Path] | None,
+        typer.Option(
+            "--photos",
+            help="Photos for a run to correct; or what a folder was corrected from, where its "
+            "files do not say. Repeatable.",
+        ),
+    ] = None,
+    side: Annotated[int, typer.Option(min=64, help="Longer side of pictures, pixels.")] = 2048,
+    as_json: JsonOption = False,
+) -> None:
+    """One HTML page to look at: photos before and after, what the judge said, training curves."""
+    from evenlight.pipeline.report import report as run
+
+    with progress() as on_progress:
+        made = run(target, out, photos=photos or [], side=side, on_progress=on_progress)
+    stderr.print(f"{made.photos} photos; look at {made.page}")
+    print_failures(made.failed)
+    emit(made, as_json)
+    if made.failed:
+        raise typer.Exit(SOME_FAILED)
+
+
+@app.command()
 def doctor(as_json: JsonOption = False) -> None:
     """What is installed, which scan would run and why, which weights are there."""
     from evenlight.pipeline.doctor import doctor as run

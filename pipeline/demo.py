@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import torch
 
 from evenlight.cache.errors import EnvironmentLacks
 from evenlight.pipeline import config
@@ -20,17 +19,14 @@ from evenlight.pipeline.console import Progress, silent
 from evenlight.pipeline.correct import correct_files
 from evenlight.pipeline.evaluate import Evaluation, evaluate
 from evenlight.pipeline.judge import tune_clip
-from evenlight.pipeline.load import load_predictor
 from evenlight.pipeline.precompute import precompute, regenerate
-from evenlight.pipeline.report import Example, write_report
+from evenlight.pipeline.report import report
 from evenlight.pipeline.train import train
-from evenlight.stages.corrector.predictor import Predictor
 from evenlight.stages.photos.canvas import working
 from evenlight.stages.photos.decode import decode
 from evenlight.stages.photos.encode import jpeg_bytes
 from evenlight.stages.pixels import to_bytes, to_float
 from evenlight.stages.priors import tone
-from evenlight.stages.priors.pseudo_gt import re_expose
 
 # package folder, file: photographs these packages install (no network)
 PHOTOS = (
@@ -81,16 +77,15 @@ def demo(
         f"{' and '.join(HELD_OUT)}.",
         "Tuning the judge: " + "; ".join(tuned.sentences()) + ".",
     ]
-    write_report(
+    made = report(
+        run,
         out / "report.html",
-        title="evenlight demo",
+        photos=[out / "held-out", out / "photos"],
         notes=notes,
-        examples=_examples(out, load_predictor(run)),
         evaluation=evaluation,
+        on_progress=on_progress,
     )
-    return DemoResult(
-        report=out / "report.html", evaluation=evaluation, corrected=len(corrected.corrected)
-    )
+    return DemoResult(report=made.page, evaluation=evaluation, corrected=len(corrected.corrected))
 
 
 def installed_photo(folder: str, name: str) -> np.ndarray:
@@ -118,28 +113,6 @@ def _write_inputs(out: Path, originals: dict[str, np.ndarray]) -> None:
             copy = tone.apply("ev", to_float(pixels), shift / 1.6)
             stem = side if held_out else f"{name}_{shift:+.1f}EV"
             (folder / f"{stem}.jpg").write_bytes(jpeg_bytes(to_bytes(copy).numpy()))
-
-
-def _examples(out: Path, predictor: Predictor) -> list[Example]:
-    """Held-out photos first, then the ones trained on."""
-    paths = sorted((out / "held-out").glob("*/*er.jpg")) + sorted((out / "photos").glob("*.jpg"))
-    examples = []
-    for path in paths:
-        before = decode(path.read_bytes(), path.name).pixels
-        chosen = predictor.pseudo_gt(before)
-        examples.append(
-            Example(
-                name=f"{path.parent.name}/{path.name}",
-                before=before,
-                after=predictor.correct(before),
-                pseudo_gt=re_expose(
-                    before, torch.from_numpy(chosen["t_map"]), predictor.settings.ladder.family
-                ),
-                regions=chosen["regions"],
-                strength=float(chosen["strength"]),
-            )
-        )
-    return examples
 
 
 def main(arguments: Sequence[str]) -> None:

@@ -42,6 +42,7 @@ SURFACE = {
         "--suffix", "--format", "--quality", "--workers", "--device", "--dry-run", "-q", "--quiet",
         "-v", "--verbose",
     } | COMMON,
+    "report": {"target", "--out", "-o", "--photos", "--side", "--json"},
     "doctor": {"--json"},
     "cache info": {"-s", "--store"} | COMMON,
     "cache verify": {"-s", "--store", "--repair", "--no-repair", "--json"},

@@ -11,15 +11,12 @@ import zipfile
 import zlib
 from pathlib import Path
 
-import numpy as np
 import pytest
 from photo_makers import picture
 from PIL import Image
 
 from evenlight import cli
 from evenlight.cache.errors import EnvironmentLacks
-from evenlight.pipeline.evaluate import Evaluation, Row
-from evenlight.pipeline.report import Example, write_report
 from evenlight.stages.photos.metadata import read_metadata
 from evenlight.stages.priors.fastsam_weights import read_weights
 
@@ -74,32 +71,6 @@ def test_ultralytics_reads_safely_and_keeps_its_settings_out_of_the_home(tmp_pat
     assert [
         path for path in written if "ltralytics" in path or path.endswith("settings.json")
     ] == []
-
-
-def test_names_and_notes_are_escaped_in_a_report(tmp_path):
-    bad = "<script>alert('x')</script>&\""
-    figures = dict.fromkeys(Row.__dataclass_fields__) | {"data": bad, "method": bad, "side": "all"}
-    photo = np.zeros((8, 8, 3), np.uint8)
-    write_report(
-        tmp_path / "report.html",
-        title=bad,
-        notes=[bad],
-        examples=[
-            Example(
-                name=bad,
-                before=photo,
-                after=photo,
-                pseudo_gt=photo,
-                regions=photo[..., 0],
-                strength=0.5,
-            )
-        ],
-        evaluation=Evaluation(
-            protocol=bad, sets={bad: "0" * 64}, rows=[Row(**figures | {"photos": 1})]
-        ),
-    )
-    page = (tmp_path / "report.html").read_text()
-    assert page.count("&lt;script&gt;alert(") == 6 and "<script" not in page
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])

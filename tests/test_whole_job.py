@@ -4,6 +4,8 @@ import json
 import re
 import subprocess
 import sys
+from pathlib import Path
+from urllib.parse import unquote
 
 import pytest
 
@@ -102,7 +104,11 @@ def test_every_photo_is_corrected_and_the_report_shows_it(whole_job):
     photos = sorted(p.name for p in (out / "photos").iterdir())
     assert sorted(p.name for p in (out / "corrected").iterdir()) == photos
     assert said["corrected"] == len(photos)
-    page = (out / "report.html").read_text(encoding="utf-8")
-    assert len(re.findall("<img ", page)) == 4 * (len(photos) + 4)
-    assert "film rule" in page
-    assert re.findall("(?:src|href)='(?!data:)", page) == []  # nothing outside the file
+    page = (out / "report.html").read_text(encoding="ascii")
+    data = json.loads(re.search('application/json">(.*?)</script>', page, re.DOTALL)[1])
+    shown = [Path(photo["name"]).name for photo in data["photos"]]
+    assert shown == ["over.jpg", "ref.jpg", "under.jpg"] * 2 + photos
+    pictures = [src for photo in data["photos"] for src in photo["photos"].values()]
+    assert len(pictures) == 3 * len(shown)
+    assert all((out / unquote(src)).stat().st_size for src in pictures)
+    assert "film rule" in str(data["tables"]) and data["charts"] and data["notes"]
