@@ -197,8 +197,15 @@ MUTANTS = (
            "test_cluster.py -k relative_paths"),
     Mutant("another folder adds its photos", PRECOMPUTE,
            "{} if prune else absent", "{}", "test_precompute.py -k another_folder_adds"),
-    Mutant("our cluster listens on loopback", SCHEDULE,
-           'host="127.0.0.1"', 'host="0.0.0.0"', "test_schedule.py -k loopback"),
+    Mutant("the task of a worker that died is given to another", SCHEDULE,
+           "                elif tries > 1:", "                elif False:",
+           "test_schedule.py -k though_one_dies"),
+    Mutant("a worker that died is replaced", SCHEDULE,
+           "            self.process = None\n        if isinstance", "        if isinstance",
+           "test_schedule.py -k in_the_middle"),
+    Mutant("workers clean up when they are stopped", SCHEDULE,
+           "    signal.signal(signal.SIGTERM, lambda *_: sys.exit())  # what is being written is cleaned up\n", "",
+           "test_schedule.py -k end_with_their_run"),
     Mutant("a scheduler that is gone is one sentence", SCHEDULE,
            "    except (FutureCancelledError, CommClosedError) as error:",
            "    except ZeroDivisionError as error:", "test_cluster.py -k scheduler"),
@@ -336,7 +343,8 @@ def passes(copy: Path, tests: str, most_s: int) -> bool | None:
         for stream in (0, 1, 2):
             os.dup2(quiet, stream)
         here = str(copy / ".typing")
-        sys.path[:] = [here, *(path for path in sys.path if Path(path) != ROOT)]
+        # workers that tests start import this module anew, from the copy
+        sys.path[:] = [here, str(copy), *(path for path in sys.path if Path(path) != ROOT)]
         os.environ |= {"PYTHONPATH": here, "PYTEST_ADDOPTS": ""}
         signal.alarm(most_s)
         options = ["-x", "-q", "-p", "no:cacheprovider"]

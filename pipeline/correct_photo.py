@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from PIL import Image, ImageOps
 
 from evenlight.cache.errors import EvenlightError, PhotoError, UsageError
@@ -111,6 +112,8 @@ def correct_job(job: Job, model: str | None, settings: str, options: Options, ho
     What is wrong with the photo, or with the name of its output, is the outcome's reason.  Raises
     CannotWrite for what would meet every output.
     """
+    if options.workers > 1:
+        torch.set_num_threads(1)  # workers are the parallelism; more threads only wait
     predictor, mark = predictor_of(model, settings), {"how": how}
     try:
         with one_photo():

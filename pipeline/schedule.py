@@ -1,28 +1,25 @@
-"""Where units are made: in this process, in local processes, or on a Dask cluster.
+"""Where units are made: in this process, in processes of our own, or on a Dask cluster.
 
 Only ids and small plans travel; a worker loads the models once and writes whole units itself.
-The scheduler runs pickled functions: use clusters on trusted networks only.
+The scheduler of a cluster runs pickled functions: use clusters on trusted networks only.
 """
 
+import contextlib
 import logging
+import multiprocessing
+import signal
+import sys
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, TypeVar
+from multiprocessing.connection import Connection, wait
+from typing import Any, Generic, TypeVar
 
 from evenlight.cache.errors import EnvironmentLacks, EvenlightError, StoreError
 
 Task = TypeVar("Task")
 Done = TypeVar("Done")
-# Dask makes workers hand freed memory back at once, and torch then faults every page in again:
-# measured 3.7 s a photo instead of 0.6.  Large blocks stay in the worker's own heap instead.
-KEEP_MEMORY = {
-    f"distributed.nanny.pre-spawn-environ.{name}": value
-    for name, value in {
-        "MALLOC_TRIM_THRESHOLD_": 2**33,
-        "MALLOC_MMAP_THRESHOLD_": 2**30,
-        "MALLOC_TOP_PAD_": 2**28,
-    }.items()
-}
-TRIES = 3  # a task whose worker died is given to another this often
+TRIES = 3  # a task that failed, or whose worker died, is given to another this often
+PATIENCE = 10  # seconds that a worker has to clean up after itself
+GO_ON = "what is complete is kept, run the same command again to go on"
 
 
 def run(
@@ -36,59 +33,123 @@ def run(
     """Yield tasks as they are finished, in any order.
 
     here: does a task in this process; in_worker: the same in another one (picklable).
-    workers: local processes; 1 without a scheduler means this process.
+    workers: local processes; 1 without a scheduler means this process.  Raises EvenlightError
+    where a task does, StoreError where one fails TRIES times.
     """
-    if workers <= 1 and not scheduler:
+    if scheduler and tasks:
+        yield from _on_dask(in_worker, tasks, scheduler)
+    elif workers > 1 and tasks:
+        yield from _in_processes(in_worker, tasks, workers)
+    else:
         yield from map(here, tasks)
-    elif tasks:
-        yield from _on_dask(in_worker, tasks, workers, scheduler)
 
 
-def _on_dask(
-    work: Callable[[Task], Done], tasks: Sequence[Task], workers: int, scheduler: str
+class _Worker(Generic[Task, Done]):
+    """A process of our own that does one task at a time; where it died, the next has a new one.
+
+    A Dask cluster may never replace a worker that dies as it starts, and waits; a pool of
+    concurrent.futures ends with its first death.
+    """
+
+    def __init__(self, work: Callable[[Task], Done]) -> None:
+        self.work = work
+        self.process: multiprocessing.process.BaseProcess | None = None
+        self.pipe: Connection
+
+    def give(self, task: Task) -> Connection:
+        """Start on a task; what is returned can be read when the answer is there."""
+        if self.process is None:
+            context = multiprocessing.get_context("spawn")  # torch's threads survive no fork
+            self.pipe, there = context.Pipe()
+            self.process = context.Process(target=_serve, args=(self.work, there), daemon=True)
+            self.process.start()
+            there.close()  # the process alone holds it, so the pipe ends with the process
+        with contextlib.suppress(OSError):  # it died, which the answer tells
+            self.pipe.send(task)
+        return self.pipe
+
+    def answer(self) -> tuple[Done | None, str]:
+        """The task as done, or what went wrong.  Raises EvenlightError where the task did."""
+        try:
+            done, error = self.pipe.recv()
+        except (EOFError, OSError):
+            assert self.process is not None
+            self.process.join()
+            done, error = None, f"its process died with exit code {self.process.exitcode}"
+            self.process = None
+        if isinstance(error, EvenlightError):
+            raise error
+        return done, error
+
+    def end(self) -> None:
+        if self.process is not None:
+            self.process.terminate()
+            self.process.join(PATIENCE)
+            self.process.kill()
+
+
+def _serve(work: Callable[[Task], Done], pipe: Connection) -> None:
+    """Do tasks from the pipe until the run ends."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the run, which ends this
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit())  # what is being written is cleaned up
+    with contextlib.suppress(EOFError, OSError):  # the run was killed
+        while True:
+            task = pipe.recv()
+            answer: tuple[Done | None, str | EvenlightError]
+            try:
+                answer = work(task), ""
+            except EvenlightError as error:
+                answer = None, error
+            except Exception as error:
+                answer = None, repr(error)
+            pipe.send(answer)
+
+
+def _in_processes(
+    work: Callable[[Task], Done], tasks: Sequence[Task], workers: int
 ) -> Iterator[Done]:
-    import dask
-    from distributed import Client, LocalCluster, as_completed
+    team = [_Worker(work) for _ in tasks[:workers]]
+    idle, waiting = list(team), [(task, TRIES) for task in reversed(tasks)]
+    busy: dict[Any, tuple[_Worker[Task, Done], Task, int]] = {}
+    try:
+        while waiting or busy:
+            while waiting and idle:
+                worker, (task, tries) = idle.pop(), waiting.pop()
+                busy[worker.give(task)] = worker, task, tries
+            for pipe in wait(list(busy)):
+                worker, task, tries = busy.pop(pipe)
+                idle.append(worker)
+                done, error = worker.answer()
+                if not error:
+                    yield done  # type: ignore[misc]
+                elif tries > 1:
+                    waiting.insert(0, (task, tries - 1))  # after all that waits
+                else:
+                    raise StoreError(f"a worker failed {TRIES} times ({error}): {GO_ON}")
+    finally:
+        for worker in team:
+            worker.end()
+
+
+def _on_dask(work: Callable[[Task], Done], tasks: Sequence[Task], scheduler: str) -> Iterator[Done]:
+    from distributed import Client, as_completed
     from distributed.client import FutureCancelledError
     from distributed.comm import CommClosedError
 
     for name in ("distributed", "distributed.client"):
         logging.getLogger(name).setLevel(logging.CRITICAL)  # they log pages of traceback
-    cluster = None
-    if not scheduler:
-        dask.config.set(KEEP_MEMORY)
-        cluster = LocalCluster(
-            n_workers=min(workers, len(tasks)),
-            threads_per_worker=1,
-            host="127.0.0.1",
-            dashboard_address=None,
-            silence_logs="CRITICAL",
-        )
     try:
-        with _client(Client, cluster or scheduler) as client:
-            futures = client.map(work, tasks, pure=False, retries=TRIES - 1)
-            for future in as_completed(futures):
-                try:
-                    yield future.result()
-                except EvenlightError:
-                    raise
-                except (FutureCancelledError, CommClosedError) as error:
-                    raise StoreError(
-                        f"the scheduler {scheduler} is gone: complete units are kept, "
-                        "run the same command again to go on"
-                    ) from error
-                except Exception as error:
-                    raise StoreError(
-                        f"a worker failed {TRIES} times ({error!r}): complete units are kept, "
-                        "run the same command again to go on"
-                    ) from error
-    finally:
-        if cluster is not None:
-            cluster.close()
-
-
-def _client(connect: Callable[[Any], Any], cluster: Any) -> Any:
-    try:
-        return connect(cluster)
+        client = Client(scheduler)
     except (OSError, ValueError) as error:  # nobody there; no address
-        raise EnvironmentLacks(f"no Dask scheduler answers at {cluster} ({error})") from error
+        raise EnvironmentLacks(f"no Dask scheduler answers at {scheduler} ({error})") from error
+    with client:
+        # Futures are let go one by one: the results of a worker that dies are made anew otherwise.
+        for future in as_completed(client.map(work, tasks, pure=False, retries=TRIES - 1)):
+            try:
+                yield future.result()
+            except EvenlightError:
+                raise
+            except (FutureCancelledError, CommClosedError) as error:
+                raise StoreError(f"the scheduler {scheduler} is gone: {GO_ON}") from error
+            except Exception as error:
+                raise StoreError(f"a worker failed {TRIES} times ({error!r}): {GO_ON}") from error

@@ -1,38 +1,22 @@
 """Units are spread over processes; a failing worker stops the run in words."""
 
 import os
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import psutil
 import pytest
-from test_store_kills import die_at_call
-from torture import tell
-from toy_store import FIRST, SPECS, UNIT, rows
+from torture import trials
+from toy_store import SPECS, UNIT
 from toy_store import precompute as toy_precompute
+from toy_tasks import die, fail, mark, mark_but_die_once, refuse, write_unit
 
-from evenlight.cache.errors import EnvironmentLacks, StoreError
-from evenlight.cache.schema import PARTS, PhotoRecord
+from evenlight.cache.errors import EnvironmentLacks, StoreError, UsageError
 from evenlight.cache.store import Store
 from evenlight.pipeline import schedule
-
-
-def mark(task: tuple[Path, int]) -> tuple[Path, int]:
-    folder, number = task
-    (folder / f"{number}").write_text(str(os.getpid()))
-    return task
-
-
-def mark_but_die_once(task: tuple[Path, int]) -> tuple[Path, int]:
-    folder, number = task
-    died = folder / "died"
-    if number == 2 and not died.exists():
-        died.touch()
-        os._exit(1)  # as a killed worker
-    return mark(task)
-
-
-def fail(task: tuple[Path, int]) -> tuple[Path, int]:
-    raise RuntimeError("no luck")
 
 
 def run(work, tasks, workers=2):
@@ -51,25 +35,8 @@ def test_several_workers_do_every_task_though_one_dies(tmp_path):
     assert str(os.getpid()) not in pids
 
 
-def write_unit(task: tuple[Path, int]) -> tuple[Path, int]:
-    """Write a unit of a toy store; the first who tries some of them dies on the way."""
-    path, unit = task
-    died = path.parent / f"died{unit}"
-    if unit % 4 == 0 and not died.exists():
-        died.touch()
-        die_at_call(5 + unit, torn=unit % 8 == 0)
-    with Store.attach(path) as store:
-        names = store.index.unit_names(unit)
-        photos = [PhotoRecord(name, f"sha of {name}") for name in names]
-        parts = {part: (FIRST[part], {}) for part in PARTS}
-        for spec in SPECS:
-            parts[spec.part][1][spec.name] = rows(spec, names, FIRST[spec.part])
-        store.write_parts(unit, photos, parts)
-    return task
-
-
 def test_workers_that_die_in_the_middle_of_a_unit_cost_nothing_but_time(folder):
-    units = 4 * tell(1)
+    units = 4 * trials(4, 50)  # after four deaths a cluster of Dask's had no workers left
     names = [f"{number:04}.jpg" for number in range(units * UNIT)]
     toy_precompute(folder / "here", names=names)
     path = folder / "S"
@@ -87,29 +54,59 @@ def test_a_task_that_keeps_failing_stops_the_run_in_words(tmp_path):
         run(fail, [(tmp_path, 0)])
 
 
-def listening(task: tuple[Path, int]) -> tuple[Path, int]:
-    """Write down on which addresses the run and its workers listen."""
-    folder, number = task
-    run = psutil.Process().parents()
-    processes = [psutil.Process(), *(p for p in run if p.pid == int((folder / "pid").read_text()))]
-    addresses = {
-        connection.laddr.ip
-        for process in processes
-        for connection in process.net_connections("inet")
-        if connection.status == psutil.CONN_LISTEN
-    }
-    (folder / f"addresses{number}").write_text(" ".join([str(len(processes)), *addresses]))
-    return task
+def test_a_task_that_kills_every_worker_ends_the_run_in_words(tmp_path):
+    with pytest.raises(StoreError, match=r"failed 3 times .*exit code 9.*run the same command"):
+        run(die, [(tmp_path, number) for number in range(3)])
+    assert {file.name for file in tmp_path.iterdir()} >= {"2"}  # what waited came before
 
 
-def test_our_own_cluster_listens_on_loopback_alone(tmp_path):
-    (tmp_path / "pid").write_text(str(os.getpid()))
-    run(listening, [(tmp_path, 0), (tmp_path, 1)])
-    assert (tmp_path / "addresses0").read_text() == "2 127.0.0.1"
+def test_what_a_task_refuses_is_raised_as_it_is_and_not_tried_again(tmp_path):
+    with pytest.raises(UsageError, match=r"^not this$"):
+        run(refuse, [(tmp_path, 0)])
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+RUN = """
+import sys; from pathlib import Path
+from toy_tasks import work_until_told as work
+from evenlight.pipeline import schedule
+list(schedule.run(work, work, [Path(sys.argv[1])] * 2, workers=2, scheduler=""))
+"""
+
+
+def until(happens) -> None:
+    end = time.monotonic() + 60
+    while not happens():
+        assert time.monotonic() < end
+        time.sleep(0.05)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
+def test_workers_listen_nowhere_end_with_their_run_and_clean_up(number, tmp_path):
+    paths = [str(Path(__file__).parent), os.environ.get("PYTHONPATH")]
+    child = subprocess.Popen(
+        [sys.executable, "-c", RUN, tmp_path],
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths))},
+        start_new_session=True,
+        stderr=subprocess.PIPE,
+    )
+    until(lambda: len(list(tmp_path.glob("*.work"))) == 2)
+    works = list(tmp_path.glob("*.work"))
+    assert [work.read_text() for work in works] == ["[]"] * 2
+    if number == signal.SIGINT:
+        os.killpg(child.pid, number)  # as a terminal does
+        said = child.communicate(timeout=20)[1].decode()
+        assert said.count("Traceback") == 1  # of the run
+    else:
+        child.kill()
+        (tmp_path / "go").touch()  # the tasks in hand come to their end
+    until(lambda: not any(psutil.pid_exists(int(work.stem)) for work in works))
+    assert list(tmp_path.glob("*.work")) == []
 
 
 def test_where_no_scheduler_answers_one_sentence_says_so(tmp_path):
     import dask
+    import distributed  # noqa: F401 - its settings are there before, and stay
 
     with dask.config.set({"distributed.comm.timeouts.connect": "1s"}):
         for address in ("tcp://127.0.0.1:9", "nonsense://x"):
