@@ -119,6 +119,13 @@ def test_photos_named_are_what_outputs_that_do_not_say_were_made_from(tmp_path):
     assert turned == [("001.png", "it is 60x40 and what became of it 50x40")]
 
 
+def test_text_ends_no_script_of_the_page(tmp_path):
+    write_pairs(tmp_path, 1)
+    notes = ["</script><script>alert()</script>"]
+    made = report(tmp_path / "out", photos=[tmp_path / "in"], notes=notes)
+    assert made.page.read_text().count("<script") == 2
+
+
 def test_a_store_shows_every_photo_with_its_priors_inside_the_page(store, tmp_path):
     made = report(store, tmp_path / "page.html")
     data = data_of(made.page)

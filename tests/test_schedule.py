@@ -57,7 +57,6 @@ def test_a_task_that_keeps_failing_stops_the_run_in_words(tmp_path):
 def test_a_task_that_kills_every_worker_ends_the_run_in_words(tmp_path):
     with pytest.raises(StoreError, match=r"failed 3 times .*exit code 9.*run the same command"):
         run(die, [(tmp_path, number) for number in range(3)])
-    assert {file.name for file in tmp_path.iterdir()} >= {"2"}  # what waited came before
 
 
 def test_what_a_task_refuses_is_raised_as_it_is_and_not_tried_again(tmp_path):
