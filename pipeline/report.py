@@ -38,6 +38,10 @@ PAGE = Path(__file__).with_name("report.html")
 INSIDE = 8  # photos; the pictures of more lie in a folder beside the page
 SIDE = 2048  # pixels, the longer side of a picture
 POINTS = 500  # of a curve
+METHODS = (
+    "identity: the photo as it is; answer in hand: chosen by looking at the reference, so out of "
+    "reach for any method"
+)
 PRIORS = ("regions", "t_map", "confidence", "judged", "p_good", "strength")
 
 
@@ -106,7 +110,7 @@ def report(
         "strengths": STRENGTHS.tolist(),
         "charts": subject.charts,
         "tables": _tables(evaluation) if evaluation else [],
-        "terms": evaluation.protocol.split("; ") if evaluation else [],
+        "terms": [METHODS, *evaluation.protocol.split("; ")] if evaluation else [],
         "provenance": {
             **subject.provenance,
             "Photos that cannot be shown": dict(failed),
