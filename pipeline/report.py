@@ -6,6 +6,7 @@ What the page holds is gathered here; how it shows that is report.html, beside t
 import functools
 import json
 import math
+import os
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
@@ -222,19 +223,21 @@ def _of_corrected(folder: Path, given: list[PhotoSource]) -> Subject:
     if not outputs:
         raise UsageError(f"{folder} is no store and no training run, and holds no photos")
     named = {_place(source): source for source in given}
+    sources = [named.get(_place(output)) or origin_of(output) for output in outputs]
     photos = [
-        (output.name, functools.partial(_compared, output, named.get(_place(output))))
-        for output in outputs
+        (output.name, functools.partial(_compared, output, source))
+        for output, source in zip(outputs, sources, strict=True)
     ]
-    return Subject(photos=photos, provenance={"Folder": {"path": str(folder)}})
+    paths = [source.path.absolute() for source in sources if source]
+    about = {"path": folder, "made from": os.path.commonpath(paths) if paths else "unknown"}
+    return Subject(photos=photos, provenance={"Folder": _in_words(about)})
 
 
 def _place(source: PhotoSource) -> Path:
     return Path(source.output_name).with_suffix("")
 
 
-def _compared(output: PhotoSource, named: PhotoSource | None) -> Shown:
-    source = named or origin_of(output)
+def _compared(output: PhotoSource, source: PhotoSource | None) -> Shown:
     if source is None:
         raise PhotoError("it does not say what it was made from: name that with --photos")
     return Shown(before=_read(source), after={"corrected": _read(output)})

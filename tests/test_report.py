@@ -103,6 +103,7 @@ def test_a_corrected_folder_knows_what_it_was_made_from(tmp_path, monkeypatch):
     data = data_of(tmp_path / "out.html")
     assert [photo["name"] for photo in data["photos"]] == ["a_even.png", "sub/b_even.png"]
     assert all(photo["what"] == "brightened" for photo in data["photos"])
+    assert data["provenance"]["Folder"]["made from"] == str(tmp_path / "in")
     assert "No such file" in data["provenance"]["Photos that cannot be shown"]["gone_even.png"]
 
 
