@@ -27,7 +27,8 @@ FAULTS = {
     "four writers to one store": "test_store.py -k four_workers",
     "two runs at once; a dead one's lock": "test_files.py -k two_runs",
     "Ctrl-C and SIGTERM": "test_cli.py -k a_signal_ends",
-    "the disk full at any size: precompute, training": "test_full_disk.py -k fills_up",
+    "the disk full at any size: precompute, training, correct, a table":
+        "test_full_disk.py -k fills_up",
     "a flipped bit of a part": "test_store_damage.py -k flipped_bit",
     "a shard deleted, emptied, cut, older, or in another's place":
         "test_store_damage.py -k 'older or changed_places_are_seen'",

@@ -36,7 +36,8 @@ _SEAL = "sha256"
 def atomic_write(path: Path, data: bytes) -> None:
     """Put data at path so that any reader, and any kill, finds the old file or the new one.
 
-    On return file and name are on disk (fsync of both). Raises OSError, leaving no temporary.
+    On return file and name are on disk (fsync of both). Raises OSError that names path, leaving no
+    temporary.
     """
     start = os.fsdecode(os.fsencode(path.name)[:200])  # a name has at most 255 bytes
     temporary = path.with_name(f".{start}.{secrets.token_hex(8)}{TEMPORARY_SUFFIX}")
@@ -50,8 +51,10 @@ def atomic_write(path: Path, data: bytes) -> None:
         finally:
             os.close(descriptor)
         temporary.replace(path)
-    except BaseException:  # Ctrl-C too must leave no litter
+    except BaseException as error:  # Ctrl-C too must leave no litter
         temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.filename is None:
+            error.filename = str(path)  # a write that fails names no file
         raise
     sync_folder(path.parent)
 

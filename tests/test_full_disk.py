@@ -11,6 +11,7 @@ from test_precompute import SETTINGS, toys
 from test_training import run as train_toy
 from test_training import with_train
 from torture import trials
+from toy_corrector import run_cli, save_toy_corrector, toy_models
 from toys import write_photos
 
 from evenlight.cache.errors import StoreError
@@ -82,6 +83,52 @@ def test_a_disk_that_fills_up_in_training_leaves_whole_checkpoints(folder):
         load_latest(out / "checkpoints")  # None, or whole
         train_toy(out, short)
         assert (out / "corrector.safetensors").read_bytes() == corrector
+
+
+@pytest.mark.slow
+def test_a_disk_that_fills_up_in_correct_leaves_whole_outputs(folder, monkeypatch, capsys):
+    write_photos(folder / "photos", 4)
+    model = save_toy_corrector(folder / "model")
+    monkeypatch.setattr("evenlight.pipeline.load.load_models", toy_models)
+
+    def correct(out):
+        return run_cli(monkeypatch, "correct", folder / "photos", "-o", out, "-m", model, "-q")
+
+    def outputs(out):
+        return {file.name: file.read_bytes() for file in out.iterdir()}
+
+    needed = with_disk(float("inf"), lambda: correct(folder / "whole")).written
+    whole = outputs(folder / "whole")
+    for number, room in enumerate(sizes(needed)):
+        out, codes = folder / f"out{number}", []
+        with_disk(room, lambda out=out, codes=codes: codes.append(correct(out)))
+        said = capsys.readouterr().err.splitlines()
+        assert codes == [1] and len(said) == 1 and "No space left on device; " in said[0]
+        assert outputs(out).items() < whole.items()  # each one whole, and no temporary
+        assert correct(out) == 0 and outputs(out) == whole
+
+
+@pytest.mark.slow
+def test_a_disk_that_fills_up_under_a_csv_leaves_none_and_prints_the_table(
+    folder, monkeypatch, capsys
+):
+    write_photos(folder / "photos", 1)
+    rows = folder / "rows.csv"
+    arguments = ("evaluate", "--data", f"unpaired:{folder / 'photos'}", "--csv", rows)
+    needed = with_disk(float("inf"), lambda: run_cli(monkeypatch, *arguments)).written
+    whole, table = rows.read_text(), capsys.readouterr().out
+    rows.unlink()
+    for number, room in enumerate(sizes(needed)):
+        codes, left = [], {"rows.csv": "old"} if number % 2 else {}
+        if left:
+            rows.write_text("old")
+        with_disk(room, lambda codes=codes: codes.append(run_cli(monkeypatch, *arguments)))
+        said = capsys.readouterr()
+        assert codes == [1] and said.out == table
+        assert said.err.splitlines()[-1].endswith(f"No space left on device: '{rows}'")
+        assert {p.name: p.read_text() for p in folder.iterdir() if p.is_file()} == left
+        rows.unlink(missing_ok=True)
+    assert run_cli(monkeypatch, *arguments) == 0 and rows.read_text() == whole
 
 
 def test_memory_stays_level_over_many_photos(folder):
