@@ -9,7 +9,7 @@ import dataclasses
 import functools
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -28,7 +28,6 @@ from evenlight.pipeline.plan import UnitPlan, made_by, part_fingerprint, plan_un
 from evenlight.pipeline.units import (
     UNREAD,
     UnitTask,
-    make_unit,
     make_unit_here,
     make_unit_in_worker,
 )
@@ -82,40 +81,22 @@ def precompute(
         raise UsageError(f"no photos found in {photos}{also_there(found.passed_over)}")
     # the lock comes first: a second run must be refused before it loads anything
     with Store.create_or_open(store, unit_size=settings.run.unit_size) as target:
-        digests = _digests(sources, on_progress)
-        absent = {k: digest for k, digest in _recorded(target).items() if k not in digests}
-        folder = _folder(photos, found.photos[0])
-        if not prune:
-            _refuse_namesakes(target, folder, sources, digests)
-        _tell_of_absent(target, photos, absent, prune)
-        index = _updated(target.index, digests, {} if prune else absent)
-        injected, models = models, models or load_models(settings)
+        index, digests = _taken_on(target, photos, sources, prune, on_progress)
+        workers = 1 if models else settings.run.workers
+        models = models or load_models(settings)
         tools = Tools(settings, models, store_judge(target, models.clip))
-        sides = sizes(settings, models)
-        plans = _plans(target, index, absent | digests, tools)
-        _refuse_without_files(target, plans, sources, photos)
-        target.write_index(index.from_folder(str(folder)))
-        target.ensure_arrays([spec for part in PARTS for spec in part.specs(sides)])
-        keep_judge(target, tools.judge, models.clip)
-        _forget_round(target)
-        plans = _plans(target, index, absent | digests, tools)
+        plans = _prepared(target, index, digests, tools, sources, photos)
         todo = [plan for plan in plans if plan.todo and not _without_files(plan, sources)]
-        kept = sum(not plan.todo for plan in plans)
-        report = RunReport(units_kept=kept, passed_over=found.passed_over)
-        tasks = [UnitTask(target.path, plan, _unit_sources(plan, sources)) for plan in todo]
         finished = schedule.run(
             functools.partial(make_unit_here, target, tools=tools),
             functools.partial(make_unit_in_worker, settings=settings),
-            tasks,
-            workers=1 if injected else settings.run.workers,
+            [UnitTask(target.path, plan, _unit_sources(plan, sources)) for plan in todo],
+            workers=workers,
             scheduler=scheduler,
         )
-        for task in finished:
-            _record_settings(target, settings)
-            _count(report, task.plan)
-            on_progress("photos", report.photos_made, _num_photos(todo))
-        _record_settings(target, settings)
-        _collect(target, report)
+        report = RunReport(passed_over=found.passed_over)
+        report.units_kept = sum(not plan.todo for plan in plans)
+        _take_in(target, finished, _num_photos(todo), settings, report, on_progress)
     report.seconds = time.monotonic() - started
     return report
 
@@ -137,15 +118,67 @@ def regenerate(
         _forget_round(target)
         todo = [plan for plan in plans if plan.todo]
         report = RunReport(units_kept=len(plans) - len(todo))
-        for plan in todo:
-            make_unit(target, plan, {}, tools)
-            _record_settings(target, settings)
-            _count(report, plan)
-            on_progress("photos", report.photos_made, _num_photos(todo))
-        _record_settings(target, settings)
-        _collect(target, report)
+        tasks = (UnitTask(target.path, plan, {}) for plan in todo)
+        finished = (make_unit_here(target, task, tools) for task in tasks)
+        _take_in(target, finished, _num_photos(todo), settings, report, on_progress)
     report.seconds = time.monotonic() - started
     return report
+
+
+def _taken_on(
+    store: Store,
+    photos: Path,
+    sources: Mapping[str, PhotoSource],
+    prune: bool,
+    on_progress: Progress,
+) -> tuple[Index, dict[str, str]]:
+    """The index with these photos taken on, and name -> sha256 of all that it names; nothing is
+    written yet.  Raises UsageError where photos have the names of others."""
+    digests = _digests(sources, on_progress)
+    absent = {k: digest for k, digest in _recorded(store).items() if k not in digests}
+    folder = _folder(photos, next(iter(sources.values())))
+    if not prune:
+        _refuse_namesakes(store, folder, sources, digests)
+    _tell_of_absent(store, photos, absent, prune)
+    index = _updated(store.index, digests, {} if prune else absent)
+    return index.from_folder(str(folder)), absent | digests
+
+
+def _prepared(
+    store: Store,
+    index: Index,
+    digests: Mapping[str, str],
+    tools: Tools,
+    sources: Mapping[str, PhotoSource],
+    photos: Path,
+) -> list[UnitPlan]:
+    """Make the store ready for its units; their plans.  Raises UsageError, nothing being written,
+    where files that it takes are not given."""
+    assert tools.models is not None
+    _refuse_without_files(store, _plans(store, index, digests, tools), sources, photos)
+    store.write_index(index)
+    sides = sizes(tools.settings, tools.models)
+    store.ensure_arrays([spec for part in PARTS for spec in part.specs(sides)])
+    keep_judge(store, tools.judge, tools.models.clip)
+    _forget_round(store)
+    return _plans(store, index, digests, tools)
+
+
+def _take_in(
+    store: Store,
+    finished: Iterable[UnitTask],
+    num_photos: int,
+    settings: Settings,
+    report: RunReport,
+    on_progress: Progress,
+) -> None:
+    """Count units as they are finished; the settings are the store's own from the first one on."""
+    for task in finished:
+        _record_settings(store, settings)
+        _count(report, task.plan)
+        on_progress("photos", report.photos_made, num_photos)
+    _record_settings(store, settings)
+    _collect(store, report)
 
 
 def _digests(sources: Mapping[str, PhotoSource], on_progress: Progress) -> dict[str, str]:
