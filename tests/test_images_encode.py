@@ -12,13 +12,13 @@ from typing import Any
 import cv2
 import numpy as np
 import pytest
-import pyvips
 import tifffile
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from photo_makers import heic, saved, smooth
 from PIL import Image, ImageCms, JpegImagePlugin
 
+from evenlight.stages.photos import libvips
 from evenlight.stages.photos.containers import (
     image_resource,
     jpeg_segment,
@@ -81,7 +81,7 @@ def camera_file(format: str, **options: Any) -> bytes:
 
 
 def avif_10_bit(pixels: np.ndarray) -> bytes:
-    image = pyvips.Image.new_from_array(pixels, interpretation="rgb16")
+    image = libvips.pyvips.Image.new_from_array(pixels, interpretation="rgb16")
     data: bytes = image.heifsave_buffer(compression="av1", bitdepth=10, Q=95)
     return data
 
