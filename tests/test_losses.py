@@ -123,7 +123,7 @@ def test_the_prompt_half_asks_for_no_more_than_good_enough():
 @pytest.mark.parametrize("part", [losses.mse, losses.charbonnier, losses.edges])
 def test_an_offset_is_an_error_of_value_and_not_of_edges(part):
     case, sure = sample(), torch.ones(4, 1, 32, 32)
-    given = (torch.zeros(4, 3, 32, 32),) if part is losses.charbonnier else ()
+    given = (torch.zeros(4, 3, 32, 32), 0.6) if part is losses.charbonnier else ()
     error = float(part(case.target + 0.2, case.target, sure, *given))
     assert (error < 1e-6) == (part is losses.edges)
 
@@ -134,16 +134,18 @@ def test_the_best_guess_for_what_was_lost_is_a_light_one_and_elsewhere_their_mea
 
     def best(taken: float) -> float:
         lost = torch.full((10, 1, 1, 1), taken)
-        error = [losses.charbonnier(torch.full_like(likely, x), likely, sure, lost) for x in sides]
+        error = [
+            losses.charbonnier(torch.full_like(likely, x), likely, sure, lost, 0.6) for x in sides
+        ]
         return float(sides[int(torch.stack(error).argmin())])
 
     assert best(1.0) == pytest.approx(1.0, abs=0.011)
     assert 0.84 < best(0.0) < 0.95  # between mean and median
     dark, light = (
-        float(losses.charbonnier(likely + by, likely, sure, torch.ones(10, 1, 1, 1)))
+        float(losses.charbonnier(likely + by, likely, sure, torch.ones(10, 1, 1, 1), 0.75))
         for by in (-0.1, 0.1)
     )
-    assert dark == pytest.approx(light * losses.LIGHT / (1 - losses.LIGHT), rel=1e-4)
+    assert dark == pytest.approx(3 * light, rel=1e-4)
 
 
 def test_only_photos_that_are_darkened_have_lost_what_is_guessed():

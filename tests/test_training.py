@@ -363,3 +363,21 @@ def test_damaged_lines_of_the_log_are_dropped_with_a_word(uninterrupted, tmp_pat
 def test_one_photo_is_refused(tmp_path):
     with pytest.raises(UsageError, match="at least 2 photos"):
         run(tmp_path, data=toy_data(1))
+
+
+def test_training_can_begin_with_the_weights_of_another_corrector(tmp_path):
+    run(tmp_path / "first", with_train(steps=3))
+    first = load_corrector(tmp_path / "first")[0].state_dict()
+    onward = with_train(steps=1, start=str(tmp_path / "first"), learning_rate=1e-9)
+    run(tmp_path / "second", onward)
+    second = load_corrector(tmp_path / "second")[0].state_dict()
+    assert all(torch.allclose(second[name], first[name], atol=1e-6) for name in first)
+    afresh = with_train(steps=1, learning_rate=1e-9)
+    run(tmp_path / "third", afresh)
+    third = load_corrector(tmp_path / "third")[0].state_dict()
+    assert any(not torch.allclose(third[name], first[name], atol=1e-4) for name in first)
+    other = replace(onward, network=replace(TOY.network, attention="channel"))
+    with pytest.raises(UsageError, match="is another network"):
+        run(tmp_path / "fourth", other)
+    with pytest.raises(StoreError, match="nowhere"):
+        run(tmp_path / "fifth", with_train(start="nowhere"))

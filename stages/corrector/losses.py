@@ -31,7 +31,6 @@ START_WEIGHTS = {
     "prompt": 0.005,
 }
 BORDER = 2  # how far a colour edge along what was lost may lie from it, pixels
-LIGHT = 0.75  # quantile of likely values that fills lost highlights
 GOOD_ENOUGH = 0.9  # probability of "normal" from which the prompt half asks for no more
 DARK = 0.03  # pixels with a shorter RGB vector have no hue to keep
 
@@ -56,7 +55,8 @@ def total(
     if settings.faithful:
         parts = {"data": mse(output, target, confidence)}
     else:
-        parts = {"data": charbonnier(output, target, confidence, taken(batch))}
+        guessed = taken(batch)
+        parts = {"data": charbonnier(output, target, confidence, guessed, settings.light)}
     if settings.edges:
         parts["edges"] = edges(output, target, confidence)
     if settings.colour:
@@ -80,18 +80,22 @@ def mse(output_B3HW: Tensor, target_B3HW: Tensor, confidence_B1HW: Tensor) -> Te
 
 
 def charbonnier(
-    output_B3HW: Tensor, target_B3HW: Tensor, confidence_B1HW: Tensor, taken_B3HW: Tensor
+    output_B3HW: Tensor,
+    target_B3HW: Tensor,
+    confidence_B1HW: Tensor,
+    guessed_B3HW: Tensor,
+    light: float,
 ) -> Tensor:
     """Smooth absolute error, and twice the squared one, weighted by confidence.
 
-    taken: how much of a value is a guess, 0 to 1.  There the error is absolute alone and weighs
-    more where the output is too dark: its best guess is the quantile LIGHT of likely values, which
-    is white where most of them are; their mean would be grey.
+    guessed: how much of a value is a guess, 0 to 1.  There the error is absolute alone and weighs
+    more where the output is too dark: its best guess is the quantile `light` of likely values,
+    which is white where most of them are; their mean would be grey.
     """
     error = output_B3HW - target_B3HW
     absolute = (error.square() + 1e-5).sqrt() - 1e-5**0.5
-    leaning = 1 - (2 * LIGHT - 1) * error.sign() * taken_B3HW
-    squared = 2 * error.square() * (1 - taken_B3HW)
+    leaning = 1 - (2 * light - 1) * error.sign() * guessed_B3HW
+    squared = 2 * error.square() * (1 - guessed_B3HW)
     return _weighted_mean(leaning * absolute + squared, confidence_B1HW)
 
 

@@ -15,10 +15,16 @@ from torch import Tensor
 
 from evenlight.cache.errors import StoreError, UsageError, one_line
 from evenlight.cache.files import Lock, atomic_write, checked
-from evenlight.stages.corrector.checkpoint import Checkpoint, load_latest, save_checkpoint
+from evenlight.stages.corrector.checkpoint import (
+    Checkpoint,
+    load_corrector,
+    load_latest,
+    save_checkpoint,
+)
 from evenlight.stages.corrector.losses import START_WEIGHTS, Calibration
 from evenlight.stages.corrector.network import Corrector
 from evenlight.stages.settings import Settings
+from evenlight.stages.weights import shipped
 
 log = logging.getLogger(__name__)
 Progress = Callable[[int, int, dict[str, Any]], None]  # step, steps, record
@@ -142,6 +148,8 @@ def begin(
     checkpoints = checkpoints_of(run.folder)
     checkpoint = load_latest(checkpoints)
     if checkpoint is None:
+        if settings.train.start:
+            _start_from(run, settings)
         return run
     if not resume:
         raise UsageError(
@@ -158,6 +166,18 @@ def begin(
     run.restore(checkpoint)
     log.info("resuming %s at step %d", run.folder, run.step)
     return run
+
+
+def _start_from(run: Run, settings: Settings) -> None:
+    """Take over the weights of another corrector.  Raises UsageError where it is another network,
+    StoreError and EnvironmentLacks as loading it."""
+    start = settings.train.start
+    folder = Path(start) if Path(start).is_dir() else shipped(start)
+    other, _, _ = load_corrector(folder)
+    if (other.settings, other.p3_channels) != (run.network.settings, run.network.p3_channels):
+        raise UsageError(f"train.start = {start!r} is another network: give its network.* settings")
+    for network in (run.network, run.ema):
+        network.load_state_dict(other.state_dict())
 
 
 def checkpoints_of(folder: Path) -> Path:
