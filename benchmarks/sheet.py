@@ -1,8 +1,8 @@
 """A contact sheet for people to look at: input, film rule, the model's output and reference.
 
-    python -m benchmarks.sheet --triplets FOLDER -m RUN --out sheet.png [--photos 24]
+    python -m benchmarks.sheet --data LAYOUT:PATH -m RUN --out sheet.png [--photos 24] [--all]
 
---triplets: SCENE/under.*, ref.*, over.*.  -m: the folder of a training run.  Half of the photos
+--data: as of `evenlight evaluate`.  -m: the folder of a training run.  Half of the photos
 are those where the model loses most against the rule, a quarter those with the lowest PSNR, the
 rest lie evenly among the others sorted by PSNR: the sheet is meant to show what is bad.
 """
@@ -16,12 +16,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from evenlight.pipeline.evaluate import correcting_all, open_case
 from evenlight.pipeline.load import load_predictor
 from evenlight.stages.corrector.predictor import Predictor
 from evenlight.stages.evaluation.baselines import film_rule
 from evenlight.stages.evaluation.metrics import measure
 from evenlight.stages.evaluation.sets import Case, list_cases
-from evenlight.stages.photos.decode import decode
 
 Picture = NDArray[np.uint8]
 CELL = 224  # pixels, longer side of a picture
@@ -48,26 +48,28 @@ class Entry:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--triplets", type=Path, required=True)
+    parser.add_argument("--data", required=True)
     parser.add_argument("-m", "--model", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--photos", type=int, default=24)
+    parser.add_argument("--all", action="store_true", help="correct good photos too")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     loaded = load_predictor(arguments.model)
-    entries = [entry(loaded, case) for case in list_cases("triplets", arguments.triplets)]
+    loaded = correcting_all(loaded) if arguments.all else loaded
+    layout, _, root = arguments.data.partition(":")
+    entries = [entry(loaded, case) for case in list_cases(layout, Path(root))]
     sheet = draw(select(entries, arguments.photos))
-    arguments.out.write_bytes(cv2.imencode(".png", sheet[..., ::-1])[1].tobytes())
+    cv2.imwrite(str(arguments.out), sheet[..., ::-1])
     lost = sum(one.gain < 0 for one in entries)
     print(f"{arguments.out}; the model is below the rule on {lost} of {len(entries)} photos")
 
 
 def entry(loaded: Predictor, case: Case) -> Entry:
     """Both outputs of one photo, measured at native size."""
-    assert case.reference is not None  # triplets have one
-    photo, reference = (
-        decode(path.read_bytes(), path.name).pixels for path in (case.photo, case.reference)
-    )
+    opened = open_case(case)
+    photo, reference = opened.photo, opened.reference
+    assert reference is not None, f"{case.photo} has no reference"
     ruled, output = film_rule(photo), loaded.correct(photo)
     return Entry(
         title=f"{case.name} {case.side}",
