@@ -232,7 +232,7 @@ class LossSettings(Section):
     edges: float = a_part(0.25)
     colour: float = a_part(0.05)
     clipped: float = a_part(0.3)  # colour edges along what was lost
-    light: float = a_share(0.6, "training")  # quantile of likely values that fills what was lost
+    light: float = a_share(0.55, "training")  # quantile of likely values that fills what was lost
     # the paper's semantic-prompt consistency: off, since it takes time that more steps use better
     semantic: float = a_part(0.0)
     prompt: float = a_part(0.0)
@@ -245,9 +245,9 @@ class TrainSettings(Section):
     # shipped name or folder of the corrector that training begins with; empty: none
     start: str = setting("", "training")
     # what a batch is made of (docs/method.md 7); 0 turns a stream off
-    good: int = a_count(6, "training", low=0, high=4096)  # good photos, mis-exposed
-    uneven: float = a_share(0.6, "training")  # of them, with objects exposed otherwise
-    scenes: int = a_count(3, "training", low=0, high=4096)  # frames of a scene, to another frame
+    good: int = a_count(5, "training", low=0, high=4096)  # good photos, mis-exposed
+    uneven: float = a_share(0.5, "training")  # of them, with objects exposed otherwise
+    scenes: int = a_count(4, "training", low=0, high=4096)  # frames of a scene, to another frame
     bad: int = a_count(1, "training", low=0, high=4096)  # photos with their pseudo-GT
     size: int = a_side(256, "training", low=32)  # working size: long side
     crop: int = a_side(160, "training", low=32)
