@@ -11,7 +11,7 @@ from evenlight.stages.settings import FAMILIES, ClipSettings, LadderSettings, Se
 
 SECTIONS = get_type_hints(Settings)
 # of any text: names and paths, whose own rooms say what is wrong with them
-FREE = {"regions.segmenter", "clip.model", "clip.weights", "run.device"}
+FREE = {"regions.segmenter", "clip.model", "clip.weights", "train.start", "run.device"}
 DECLARED = {
     f"{name}.{one.name}": (section, one, get_type_hints(section)[one.name])
     for name, section in SECTIONS.items()
