@@ -130,3 +130,35 @@ def test_a_corrector_answers_the_same_at_the_working_size_and_in_strips():
     )
     found = apply.apply_maps(photo, maps)
     assert np.array_equal(found, to_bytes(wanted).numpy())
+
+
+def grainy(dtype: type = np.uint8) -> np.ndarray:
+    """A dark flat photo with grain of deviation 2 of 255."""
+    noise = np.random.default_rng(0).standard_normal((160, 200, 3))
+    top = np.iinfo(dtype).max
+    return ((22 + 2 * noise) * top / 255).round().clip(0, top).astype(dtype)
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
+def test_grain_goes_before_shadows_are_lifted_and_in_proportion(dtype):
+    photo, top = grainy(dtype), np.iinfo(dtype).max / 255
+
+    def left(strength: float) -> float:
+        """Of the grain that the curve alone would show."""
+        maps = corrected_by(working(photo, 64), strength)
+        lifted = tone.apply("film", torch.from_numpy(photo / (top * 255)), strength).numpy() * 255
+        return float((apply.apply_maps(photo, maps) / top).std() / lifted.std())
+
+    assert left(1.2) < 0.4
+    assert left(1.2) < left(0.25) < left(0.05) < 1
+    assert left(-0.5) == pytest.approx(1, abs=0.02)
+
+
+@pytest.mark.parametrize("rows", [1, 7, 64])
+def test_strips_of_a_grainy_photo_give_the_same_as_the_whole(monkeypatch, rows):
+    photo = grainy()
+    maps = corrected_by(working(photo, 64), 1.0)
+    whole = apply.apply_maps(photo, maps)
+    monkeypatch.setattr(apply, "STRIP_PIXELS", rows * photo.shape[1])
+    strips = apply.apply_maps(photo, maps)
+    assert np.abs(strips.astype(int) - whole).max() <= 1
