@@ -1,3 +1,4 @@
+import logging
 import os
 import tempfile
 from pathlib import Path
@@ -5,6 +6,9 @@ from pathlib import Path
 import hypothesis
 import pytest
 import torch
+from toy_corrector import save_toy_corrector, toy_models
+
+from evenlight.pipeline import correct_photo
 
 torch.set_num_threads(1)  # threads waiting for each other cost more than they give on toy sizes
 hypothesis.settings.register_profile("busy machine", deadline=None)
@@ -17,3 +21,19 @@ def folder():
     memory = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
     with tempfile.TemporaryDirectory(dir=memory) as name:
         yield Path(name)
+
+
+@pytest.fixture
+def toys(monkeypatch):
+    """Correctors find toy models, and nothing is left of those of another test."""
+    monkeypatch.setattr("evenlight.pipeline.load.load_models", toy_models)
+    correct_photo.predictor_of.cache_clear()
+    yield
+    correct_photo.predictor_of.cache_clear()
+    logging.getLogger("evenlight").handlers = []
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    """The folder of a corrector that was made with the toy models."""
+    return save_toy_corrector(tmp_path_factory.mktemp("model"))

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from photo_makers import exif, picture, saved
 from PIL import Image, ImageCms
-from toy_corrector import run_cli, save_toy_corrector, toy_models
+from toy_corrector import run_cli
 
 from evenlight.cache.errors import EvenlightError, UsageError
 from evenlight.pipeline import correct_photo
@@ -24,14 +24,7 @@ from evenlight.stages.photos.decode import decode
 ICC = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    return save_toy_corrector(tmp_path_factory.mktemp("model"))
-
-
-@pytest.fixture(autouse=True)
-def toys(monkeypatch):
-    monkeypatch.setattr("evenlight.pipeline.load.load_models", toy_models)
+pytestmark = pytest.mark.usefixtures("toys")
 
 
 def dark(*shape: int, dtype: type = np.uint8, seed: int = 0) -> np.ndarray:

@@ -2,7 +2,6 @@
 
 import io
 import json
-import logging
 import os
 import resource
 import subprocess
@@ -13,7 +12,7 @@ import numpy as np
 import pytest
 from photo_makers import exif, picture
 from PIL import Image
-from toy_corrector import run_cli, save_toy_corrector, toy_models
+from toy_corrector import run_cli, save_toy_corrector
 
 from evenlight.cache.errors import EnvironmentLacks, UsageError
 from evenlight.pipeline import console, correct_photo
@@ -23,18 +22,7 @@ from evenlight.pipeline.models import choose_device
 from evenlight.stages.photos.colour import srgb_light
 from evenlight.stages.photos.decode import decode
 
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    return save_toy_corrector(tmp_path_factory.mktemp("model"))
-
-
-@pytest.fixture(autouse=True)
-def toys(monkeypatch):
-    monkeypatch.setattr("evenlight.pipeline.load.load_models", toy_models)
-    correct_photo.predictor_of.cache_clear()
-    yield
-    logging.getLogger("evenlight").handlers = []
+pytestmark = pytest.mark.usefixtures("toys")
 
 
 def dark(seed: int = 0) -> Image.Image:

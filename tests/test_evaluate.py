@@ -54,14 +54,7 @@ LAYOUTS = {
 }  # fmt: skip
 
 
-@pytest.fixture(autouse=True)
-def toys(monkeypatch):
-    monkeypatch.setattr("evenlight.pipeline.load.load_models", toy_models)
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    return save_toy_corrector(tmp_path_factory.mktemp("model"))
+pytestmark = pytest.mark.usefixtures("toys")
 
 
 def write(path: Path, pixels: np.ndarray) -> Path:

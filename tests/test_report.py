@@ -3,7 +3,6 @@
 import base64
 import io
 import json
-import logging
 import math
 import re
 import shutil
@@ -19,7 +18,7 @@ from toy_corrector import SETTINGS, run_cli, save_toy_corrector, toy_models
 from toys import write_photos
 
 from evenlight.cache.errors import UsageError
-from evenlight.pipeline import config, correct_photo
+from evenlight.pipeline import config
 from evenlight.pipeline.correct import correct_files
 from evenlight.pipeline.evaluate import Evaluation, Row
 from evenlight.pipeline.precompute import precompute
@@ -32,12 +31,7 @@ CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
 ROW = dict.fromkeys((field.name for field in fields(Row)), math.nan)
 
 
-@pytest.fixture(autouse=True)
-def toys(monkeypatch):
-    monkeypatch.setattr("evenlight.pipeline.load.load_models", toy_models)
-    correct_photo.predictor_of.cache_clear()
-    yield
-    logging.getLogger("evenlight").handlers = []
+pytestmark = pytest.mark.usefixtures("toys")
 
 
 @pytest.fixture(scope="module")
