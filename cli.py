@@ -18,11 +18,13 @@ from evenlight import __version__
 from evenlight.cache.errors import EnvironmentLacks, EvenlightError, StoreError, UsageError
 from evenlight.pipeline.console import (
     emit,
+    give_up_stdout,
     listen,
     print_failures,
     print_passed_over,
     print_tree,
     progress,
+    ready_streams,
     silent,
     stderr,
 )
@@ -434,11 +436,11 @@ def main() -> None:
     """Run the command line and map errors to exit codes."""
     for stop in (signal.SIGINT, signal.SIGTERM):
         signal.signal(stop, _stop)
-    sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr] # any name prints
     # click gives an option without a value the next word: a photo
     arguments = ["--overwrite=all" if word == "--overwrite" else word for word in sys.argv[1:]]
     as_json = "--json" in arguments
     try:
+        ready_streams()
         # typer says what is wrong with the usage and exits 2, but knows no JSON
         raise SystemExit(app(arguments, standalone_mode=not as_json))
     except EvenlightError as error:
@@ -456,8 +458,10 @@ def main() -> None:
 
 
 def _end(sentence: str, code: int, as_json: bool) -> None:
-    stderr.print(sentence)
-    emit({"error": sentence.removeprefix("evenlight: "), "exit": code}, as_json)
+    with contextlib.suppress(OSError):  # stderr or stdout is what failed
+        stderr.print(sentence)
+        emit({"error": sentence.removeprefix("evenlight: "), "exit": code}, as_json)
+    give_up_stdout()
     raise SystemExit(code) from None
 
 

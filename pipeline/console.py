@@ -4,6 +4,8 @@ import contextlib
 import json
 import logging
 import math
+import os
+import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, is_dataclass
@@ -13,6 +15,7 @@ from typing import Any
 from rich import progress as rich_progress
 from rich.console import Console
 
+from evenlight.cache.errors import EnvironmentLacks
 from evenlight.stages.photos.find import without_controls
 
 Progress = Callable[[str, int, int], None]
@@ -88,6 +91,26 @@ def _lines() -> Progress:
             stderr.print(f"{what}: {done} of {total}, {rate:.2f}/s{left}")
 
     return on_progress
+
+
+def ready_streams() -> None:
+    """Any name can be printed, and what cannot be written is an OSError of the line at fault.
+
+    Raises EnvironmentLacks where a stream is closed: a file opened later would take its place, and
+    what is printed would go into that.
+    """
+    if None in (sys.stdin, sys.stdout, sys.stderr):
+        raise EnvironmentLacks("stdin, stdout or stderr is closed: give /dev/null in its place")
+    sys.stdout.reconfigure(errors="backslashreplace", line_buffering=True)  # type: ignore[union-attr]
+
+
+def give_up_stdout() -> None:
+    """Let go of what could not be written: Python would try again at its end, and complain."""
+    try:
+        if sys.stdout is not None:
+            sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def emit(result: Any, as_json: bool) -> None:

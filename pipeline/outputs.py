@@ -120,18 +120,24 @@ def _name(source: PhotoSource, options: Options) -> str:
 
 
 def _refuse_collisions(jobs: list[Job]) -> None:
-    inputs = {job.source.path.resolve() for job in jobs}
+    inputs = {_true_place(job.source.path) for job in jobs}
     targets: dict[Path, PhotoSource] = {}
     for job in jobs:
         source, target = job.source, job.target
-        if target.resolve() in inputs and target != PIPE:
+        if _true_place(target) in inputs and target != PIPE:
             raise UsageError(f"{target} is an input and is never overwritten: name another folder")
         other = targets.setdefault(target, source)
-        if (other.path.resolve(), other.dataset) != (source.path.resolve(), source.dataset):
+        one, two = ((_true_place(it.path), it.dataset) for it in (other, source))
+        if one != two:
             raise UsageError(
                 f"{other.path} and {source.path} would both become {target}: correct them into "
                 "two folders"
             )
+
+
+def _true_place(path: Path) -> Path:
+    """Absolute, links followed; a link that leads to itself stays (Path.resolve would raise)."""
+    return Path(os.path.realpath(path))
 
 
 def _sources(
@@ -139,21 +145,21 @@ def _sources(
 ) -> tuple[list[PhotoSource], list[tuple[str, str]]]:
     """Every photo named, and the pictures passed over; where `out` lies in a folder of photos, not
     what is in `out`."""
-    results = out.resolve()
+    results = _true_place(out)
     sources, passed_over = list[PhotoSource](), list[tuple[str, str]]()
     for path in photos:
         if path == PIPE:
             sources.append(Piped("stdin", PIPE, "stdin"))
             continue
-        if path.is_dir() and path.resolve() == results:
+        if path.is_dir() and _true_place(path) == results:
             raise UsageError(f"{out} is the folder of inputs: name another folder for results")
-        within = path.is_dir() and results.is_relative_to(path.resolve())
+        within = path.is_dir() and results.is_relative_to(_true_place(path))
         found = find_photos(path, max_megapixels)
         passed_over += found.passed_over
         sources += [
             source
             for source in found.photos
-            if not (within and source.path.resolve().is_relative_to(results))
+            if not (within and _true_place(source.path).is_relative_to(results))
         ]
     return sources, passed_over
 

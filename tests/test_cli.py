@@ -14,6 +14,7 @@ import click
 import pytest
 import typer
 from toy_corrector import run_cli, save_toy_corrector
+from toy_store import precompute as toy_precompute
 from toys import ToyClip, ToySegmenter, write_photos
 
 from evenlight import cli
@@ -372,6 +373,7 @@ SLOW_PRECOMPUTE = """
 import sys, time
 import torch
 torch.set_num_threads(1)
+from toy_store import precompute as toy_precompute
 from toys import ToyClip, ToySegmenter
 from evenlight import cli
 from evenlight.pipeline import precompute
@@ -424,3 +426,38 @@ def test_help_of_every_command_is_there(monkeypatch, capsys):
     for name in SURFACE:
         assert run_cli(monkeypatch, *name.split(), "--help") == 0
         assert f"evenlight {name} [OPTIONS]" in click.unstyle(capsys.readouterr().out)
+
+
+@pytest.mark.parametrize("arguments", [["-s", "s"], ["-s", "s", "--json"], ["-s", "gone", "--json"]])
+def test_output_that_cannot_be_written_ends_without_noise(arguments, tmp_path):
+    toy_precompute(tmp_path / "s")
+    for stdout, error in ((Path("/dev/full").open("wb"), True), (_pipe_nobody_reads(), False)):
+        with stdout:
+            done = _evenlight(["cache", "info", *arguments], tmp_path, stdout=stdout)
+        assert done.returncode == (3 if "gone" in arguments else 1)
+        said = done.stderr.splitlines()
+        assert said[-1].startswith("evenlight: ") if error or "gone" in arguments else not said
+        assert len(said) < 2
+
+
+@pytest.mark.parametrize("closed", [0, 1, 2])
+def test_a_closed_stream_is_refused_before_a_file_takes_its_place(closed, tmp_path):
+    done = _evenlight(["doctor"], tmp_path, preexec_fn=lambda: os.close(closed))
+    said = "" if closed == 2 else "evenlight: stdin, stdout or stderr is closed: give /dev/null in its place\n"
+    assert (done.returncode, done.stderr) == (4, said)
+
+
+def _evenlight(arguments, folder, **options):
+    return subprocess.run(
+        [sys.executable, "-m", "evenlight.cli", *arguments],
+        cwd=folder,
+        stderr=subprocess.PIPE,
+        text=True,
+        **options,
+    )
+
+
+def _pipe_nobody_reads():
+    reader, writer = os.pipe()
+    os.close(reader)
+    return os.fdopen(writer, "wb")

@@ -175,6 +175,15 @@ def test_the_folder_of_inputs_is_refused_as_output(model, tmp_path):
     assert files(tmp_path) == before
 
 
+def test_a_link_that_leads_to_itself_is_a_photo_that_cannot_be_read(model, tmp_path):
+    write_png(tmp_path / "in/a.png")
+    (tmp_path / "in/loop.jpg").symlink_to("loop.jpg")
+    (tmp_path / "in/deeper").symlink_to("deeper")
+    report = correct_files(tmp_path / "in", tmp_path / "out", model=model)
+    assert report.corrected == ["a.png"]
+    assert report.failed == [("loop.jpg", "cannot be read: Too many levels of symbolic links")]
+
+
 def test_results_inside_the_folder_of_inputs_are_not_corrected_again(model, tmp_path):
     write_png(tmp_path / "a.png")
     for _ in range(2):
