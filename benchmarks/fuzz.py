@@ -90,9 +90,7 @@ def main() -> None:
     parser.add_argument("--keep", type=Path, default=Path("fuzz-found"))
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        ends = fuzz(
-            arguments.what, Path(folder), arguments.minutes, arguments.seed, arguments.keep
-        )
+        ends = fuzz(arguments.what, Path(folder), arguments.minutes, arguments.seed, arguments.keep)
     print(f"{ends.total()} trials in {arguments.minutes:g} minutes, seed {arguments.seed}")
     for ended, count in ends.most_common():
         print(f"{count:8} {ended}")

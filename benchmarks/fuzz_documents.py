@@ -1,10 +1,9 @@
-"""Documents for benchmarks.fuzz: those of a real store, run and corrected folder, and their doors."""
+"""Documents for benchmarks.fuzz: those of a store, a run, a corrected folder; what reads them."""
 
 import copy
 import json
 import os
 import random
-import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path

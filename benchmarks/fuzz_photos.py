@@ -1,4 +1,4 @@
-"""Photos for benchmarks.fuzz: seeds of every format that is read, and what is done to their bytes."""
+"""Photos for benchmarks.fuzz: seeds of every format that is read, and how they are mutated."""
 
 import io
 import random
@@ -21,7 +21,20 @@ from evenlight.stages.photos.decode import decode
 from evenlight.stages.photos.encode import encoded, in_format
 
 HEIGHT, WIDTH = 60, 80
-INTERESTING = (0, 1, 2, 0x7F, 0x80, 0xFF, 0x7FFF, 0x8000, 0xFFFF, 0x7FFFFFFF, 0x80000000, 0xFFFFFFFF)
+INTERESTING = (
+    0,
+    1,
+    2,
+    0x7F,
+    0x80,
+    0xFF,
+    0x7FFF,
+    0x8000,
+    0xFFFF,
+    0x7FFFFFFF,
+    0x80000000,
+    0xFFFFFFFF,
+)
 ICC = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
 XMP = b"<x:xmpmeta xmlns:x='adobe:ns:meta/' hdrgm:Version='1.0' tiff:Orientation='6'></x:xmpmeta>"
 
@@ -44,7 +57,7 @@ def photos(folder: Path) -> Callable[[random.Random, Path], str]:
         top = 65535 if photo.bit_depth == 16 else 255
         brighter = (photo.pixels * np.float32(0.7) + top // 5).astype(photo.pixels.dtype)
         photo = replace(photo, pixels=brighter)
-        for target in ({photo.format, format} - {"array"}):
+        for target in {photo.format, format} - {"array"}:
             written = in_format(photo, target)
             again = decode(encoded(written), f"a.{target}")
             assert again.pixels.shape == photo.pixels.shape, "the output has another size"
@@ -57,33 +70,43 @@ def mutated(data: bytes, other: bytes, rng: random.Random) -> bytes:
     """One to eight changes, most where headers are; a PNG's checksums may be put right again."""
     changed = bytearray(data)
     for _ in range(rng.choice((1, 1, 2, 3, 8))):
-        if len(changed) < 8:
-            break
-        near = min(len(changed), rng.choice((64, 512, 1 << 30)))
-        at = rng.randrange(near)
-        match rng.randrange(8):
-            case 0:
-                changed[at] ^= 1 << rng.randrange(8)
-            case 1:
-                changed[at] = rng.choice(INTERESTING) & 255
-            case 2 | 3:
-                code = rng.choice(("<H", ">H", "<I", ">I"))
-                value = rng.choice(INTERESTING) & (0xFFFF if code[1] == "H" else 0xFFFFFFFF)
-                at = min(at, len(changed) - 4)
-                struct.pack_into(code, changed, at, value)
-            case 4:
-                del changed[at : at + rng.choice((1, 2, 4, 64, 1000))]
-            case 5:
-                changed[at:at] = rng.randbytes(rng.choice((1, 2, 4, 64, 1000)))
-            case 6:
-                changed[at:at] = changed[at : at + rng.choice((4, 64, 4000))]
-            case 7:
-                start = rng.randrange(len(other))
-                piece = other[start : start + rng.choice((4, 64, 1000))]
-                changed[at : at + len(piece)] = piece
+        if len(changed) >= 8:
+            at = rng.randrange(min(len(changed) - 4, rng.choice((64, 512, 1 << 30))))
+            rng.choice((_flip, _number, _number, _cut, _noise, _repeat, _splice))(
+                changed, at, other, rng
+            )
     if data.startswith(PNG_SIGNATURE) and rng.random() < 0.8:
         return _with_checksums(bytes(changed))
     return bytes(changed)
+
+
+def _flip(changed: bytearray, at: int, _: bytes, rng: random.Random) -> None:
+    changed[at] ^= 1 << rng.randrange(8)
+
+
+def _number(changed: bytearray, at: int, _: bytes, rng: random.Random) -> None:
+    """A number at the edge of what its bytes hold."""
+    code, mask = rng.choice((("B", 255), ("<H", 0xFFFF), (">H", 0xFFFF), ("<I", -1), (">I", -1)))
+    struct.pack_into(code, changed, at, rng.choice(INTERESTING) & mask)
+
+
+def _cut(changed: bytearray, at: int, _: bytes, rng: random.Random) -> None:
+    del changed[at : at + rng.choice((1, 2, 4, 64, 1000))]
+
+
+def _noise(changed: bytearray, at: int, _: bytes, rng: random.Random) -> None:
+    changed[at:at] = rng.randbytes(rng.choice((1, 2, 4, 64, 1000)))
+
+
+def _repeat(changed: bytearray, at: int, _: bytes, rng: random.Random) -> None:
+    changed[at:at] = changed[at : at + rng.choice((4, 64, 4000))]
+
+
+def _splice(changed: bytearray, at: int, other: bytes, rng: random.Random) -> None:
+    """A piece of another seed in place of what stood there."""
+    start = rng.randrange(len(other))
+    piece = other[start : start + rng.choice((4, 64, 1000))]
+    changed[at : at + len(piece)] = piece
 
 
 def _with_checksums(data: bytes) -> bytes:

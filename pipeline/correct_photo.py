@@ -35,6 +35,7 @@ from evenlight.stages.photos.colour import srgb_light
 from evenlight.stages.photos.decode import MIN_SIDE, Photo, decode
 from evenlight.stages.photos.encode import encoded, in_format, kept_of
 from evenlight.stages.photos.find import FORMAT_OF, PhotoSource
+from evenlight.stages.photos.gamut import with_wide_colours
 from evenlight.stages.photos.visible import visible
 from evenlight.stages.pixels import resize, to_float
 
@@ -186,11 +187,14 @@ def _make_subfolders(folder: Path, out: Path) -> None:
 
 def _corrected(photo: Photo, predictor: Predictor, strength: float) -> tuple[Photo, Change]:
     """The photo with corrected pixels; gray stays gray, though the corrector may tint it."""
-    seen = visible(photo.pixels, photo.alpha, predictor.settings.photo.size)
+    inside = photo.in_srgb
+    seen = visible(inside, photo.alpha, predictor.settings.photo.size)
     maps = predictor.predict(seen) if strength else None
     if maps is None:
         return photo, Change()
-    pixels = apply_maps(photo.pixels, maps, strength)
+    pixels = apply_maps(inside, maps, strength)
+    if photo.encoding.primaries is not None:
+        pixels = with_wide_colours(photo.pixels, pixels, photo.encoding.primaries)
     if photo.gray:
         mean = np.rint(pixels.mean(2, keepdims=True)).astype(pixels.dtype)
         pixels = np.repeat(mean, 3, axis=2)

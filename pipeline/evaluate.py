@@ -285,7 +285,7 @@ def _read(path: Path) -> tuple[np.ndarray, str]:
     """(uint8 RGB pixels, sha256 of the file)"""
     try:
         data = path.read_bytes()
-        pixels = decode(data, path.name).pixels
+        pixels = decode(data, path.name).in_srgb
     except (OSError, PhotoError) as error:
         raise UsageError(f"{path}: {error}") from error
     if pixels.dtype == np.uint16:

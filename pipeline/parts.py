@@ -146,7 +146,7 @@ def _photo(have: Mapping[str, Any], tools: Tools) -> Arrays:
     settings = tools.settings.photo
     name, data = have[FILE]
     decoded = decode(data, name, max_megapixels=settings.max_megapixels)
-    pixels, extent = place(visible(decoded.pixels, decoded.alpha, settings.size), settings.size)
+    pixels, extent = place(visible(decoded.in_srgb, decoded.alpha, settings.size), settings.size)
     return {"photo": pixels, "extent": np.array([extent.height, extent.width])}
 
 

@@ -428,12 +428,14 @@ def test_help_of_every_command_is_there(monkeypatch, capsys):
         assert f"evenlight {name} [OPTIONS]" in click.unstyle(capsys.readouterr().out)
 
 
-@pytest.mark.parametrize("arguments", [["-s", "s"], ["-s", "s", "--json"], ["-s", "gone", "--json"]])
+@pytest.mark.parametrize(
+    "arguments", [["-s", "s"], ["-s", "s", "--json"], ["-s", "gone", "--json"]]
+)
 def test_output_that_cannot_be_written_ends_without_noise(arguments, tmp_path):
     toy_precompute(tmp_path / "s")
-    for stdout, error in ((Path("/dev/full").open("wb"), True), (_pipe_nobody_reads(), False)):
-        with stdout:
-            done = _evenlight(["cache", "info", *arguments], tmp_path, stdout=stdout)
+    for stdout, error in ((os.open("/dev/full", os.O_WRONLY), True), (_pipe_nobody_reads(), False)):
+        done = _evenlight(["cache", "info", *arguments], tmp_path, stdout=stdout)
+        os.close(stdout)
         assert done.returncode == (3 if "gone" in arguments else 1)
         said = done.stderr.splitlines()
         assert said[-1].startswith("evenlight: ") if error or "gone" in arguments else not said
@@ -443,8 +445,8 @@ def test_output_that_cannot_be_written_ends_without_noise(arguments, tmp_path):
 @pytest.mark.parametrize("closed", [0, 1, 2])
 def test_a_closed_stream_is_refused_before_a_file_takes_its_place(closed, tmp_path):
     done = _evenlight(["doctor"], tmp_path, preexec_fn=lambda: os.close(closed))
-    said = "" if closed == 2 else "evenlight: stdin, stdout or stderr is closed: give /dev/null in its place\n"
-    assert (done.returncode, done.stderr) == (4, said)
+    assert done.returncode == 4
+    assert ("is closed: give /dev/null in its place" in done.stderr) == (closed != 2)
 
 
 def _evenlight(arguments, folder, **options):
@@ -460,4 +462,4 @@ def _evenlight(arguments, folder, **options):
 def _pipe_nobody_reads():
     reader, writer = os.pipe()
     os.close(reader)
-    return os.fdopen(writer, "wb")
+    return writer

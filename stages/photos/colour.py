@@ -1,8 +1,8 @@
 """How a photo's numbers stand for light: brought to sRGB's curve for the work, and back.
 
 Tone operators, judge and network take numbers to be sRGB-encoded; a linear or gamma 1.8 photo
-would come out far too bright or dark. Only the curve is exchanged, and exactly undone on writing.
-The primaries stay the photo's own: through sRGB's, colours of a phone's Display P3 would be lost.
+would come out far too bright or dark. Only the curve is exchanged, and exactly undone on writing;
+the primaries stay the photo's own (gamut.py).
 ICC.1:2022 (profiles), PNG third edition (gAMA, cICP), ITU-T H.273 (cICP's numbers).
 """
 
@@ -65,9 +65,10 @@ def transfer_of_profile(icc: bytes) -> Transfer | None:
     Raises PhotoError, whose sentence is fit for a note, when it has none that can be read.
     """
     try:
-        tags = _tags(icc)
+        tags = icc_tags(icc)
         names = [b"kTRC"] if icc[16:20] == b"GRAY" else [b"rTRC", b"gTRC", b"bTRC"]
-        light = np.stack([_curve(tags[name]) for name in names])
+        with np.errstate(all="ignore"):  # what is not finite is refused below
+            light = np.stack([_curve(tags[name]) for name in names])
     except (struct.error, KeyError, IndexError, ValueError, FloatingPointError) as error:
         raise PhotoError(
             "its colour profile has no curves: it was taken to be like sRGB"
@@ -97,7 +98,8 @@ def refuse_hdr(characteristics: int) -> None:
         )
 
 
-def _tags(icc: bytes) -> dict[bytes, bytes]:
+def icc_tags(icc: bytes) -> dict[bytes, bytes]:
+    """The tags of an ICC profile by signature.  Raises struct.error where it is cut short."""
     (count,) = struct.unpack_from(">I", icc, 128)
     records = (struct.unpack_from(">4sII", icc, 132 + 12 * n) for n in range(min(count, 100)))
     return {name: icc[at : at + size] for name, at, size in records}

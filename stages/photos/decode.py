@@ -29,6 +29,7 @@ from evenlight.stages.photos.containers import (
     printable,
 )
 from evenlight.stages.photos.exif import Ifd, read_ifds
+from evenlight.stages.photos.gamut import inside_srgb, primaries_of
 from evenlight.stages.photos.heic import open_heic
 from evenlight.stages.photos.libvips import Opened, open_photo
 from evenlight.stages.photos.memory import free_memory
@@ -63,6 +64,8 @@ class Encoding:
     jpeg_tables: dict[int, list[int]] | None = None
     jpeg_subsampling: int = 0  # as Pillow: 0 is 4:4:4, 1 is 4:2:2, 2 is 4:2:0
     lossless: bool = True  # of WebP
+    # Where its primaries are not sRGB's: `gamut.primaries_of`.
+    primaries: np.ndarray | None = None
     # Where the file's numbers are not sRGB-encoded: its curves, and the type of its samples.
     transfer: Transfer | None = None
     stored: np.dtype | None = None
@@ -82,6 +85,12 @@ class Photo:
     gray: bool = False
     metadata: Metadata = field(default_factory=Metadata)
     encoding: Encoding = field(default_factory=Encoding)
+
+    @property
+    def in_srgb(self) -> np.ndarray:
+        """The pixels as they are in sRGB's primaries: HxWx3, uint16 where theirs are others."""
+        primaries = self.encoding.primaries
+        return self.pixels if primaries is None else inside_srgb(self.pixels, primaries)
 
 
 def decode(data: bytes, name: str, *, max_megapixels: float = 250) -> Photo:
@@ -105,7 +114,9 @@ def decode(data: bytes, name: str, *, max_megapixels: float = 250) -> Photo:
         for note in _losses(data, opened, format, ifds):
             metadata = metadata.noting(note)
         photo = _photo(opened, format, metadata, _alpha_follows(opened, ifds))
-        photo = _srgb_encoded(replace(photo, encoding=_encoding(data, format)), data, ifds)
+        primaries = primaries_of(metadata) if opened.colours == "rgb" else None
+        encoding = replace(_encoding(data, format), primaries=primaries)
+        photo = _srgb_encoded(replace(photo, encoding=encoding), data, ifds)
     except (PhotoError, MemoryError):
         raise
     # Hostile bytes lead to any error of the libraries: struct.error, KeyError, SyntaxError ...

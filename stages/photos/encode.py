@@ -38,7 +38,7 @@ _KINDS = {  # fields of Metadata, in words
     "exif": "EXIF", "icc": "colour profile", "xmp": "XMP", "extended": "long XMP", "iptc": "IPTC",
     "resources": "Photoshop data", "comments": "comment", "dpi": "resolution", "png": "PNG chunks",
 }  # fmt: skip
-_CURVES = (b"sRGB", b"gAMA", b"cICP")  # chunks that only say what the numbers mean
+_COLOURS = (b"sRGB", b"gAMA", b"cHRM", b"cICP")  # chunks that only say what the numbers mean
 _LISTS = ("extended", "comments", "png")
 _PLACES: dict[str, tuple[str, ...]] = {
     "jpeg": ("exif", "icc", "xmp", "extended", "iptc", "resources", "comments", "dpi"),
@@ -102,10 +102,13 @@ def kept_of(metadata: Metadata) -> list[str]:
 def _in_other_format(photo: Photo, format: str) -> Photo:
     """Pixels, alpha and curves that the format can hold."""
     encoding, metadata, pixels, alpha = photo.encoding, photo.metadata, photo.pixels, photo.alpha
-    chunks = tuple(chunk for chunk in metadata.png if chunk[0] not in _CURVES)
+    chunks = tuple(chunk for chunk in metadata.png if chunk[0] not in _COLOURS)
     metadata = replace(metadata, png=chunks)
+    primaries = encoding.primaries if metadata.icc is not None else None
+    if primaries is None:
+        pixels = photo.in_srgb
     deep = format in ("png", "tiff")
-    stored = encoding.stored or pixels.dtype
+    stored = encoding.stored or photo.pixels.dtype
     if not deep and stored != np.uint8:
         metadata = metadata.noting(f"of its {8 * stored.itemsize} bits per sample 8 were kept")
     # only a profile can say in another format that the numbers are not sRGB-encoded
@@ -125,7 +128,12 @@ def _in_other_format(photo: Photo, format: str) -> Photo:
         alpha=alpha,
         bit_depth=8 * pixels.itemsize,
         metadata=metadata,
-        encoding=Encoding(transfer=transfer, stored=stored if transfer else None, lossless=False),
+        encoding=Encoding(
+            primaries=primaries,
+            transfer=transfer,
+            stored=stored if transfer else None,
+            lossless=False,
+        ),
     )
 
 
