@@ -184,6 +184,8 @@ def checked(kind: type[Checked], document: Any, where: str | Path) -> Checked:
         first = error.errors()[0]
         field = ".".join(map(str, first["loc"])) or "it"
         raise StoreError(f"{where} is damaged: {field}: {first['msg'][:200]}") from error
+    except UnicodeEncodeError as error:  # half a surrogate pair, which JSON can hold
+        raise StoreError(f"{where} is damaged: it holds text that is not Unicode") from error
     return found
 
 

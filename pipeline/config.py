@@ -119,7 +119,7 @@ def known(recorded: Mapping[str, Any]) -> dict[str, Any]:
         try:
             _sections({key: value})
         except UsageError as error:
-            log.warning("a setting of the store is of another version of evenlight: %s", error)
+            log.warning("a setting of the store is of another version of evenlight: %.200s", error)
         else:
             found[key] = value
     return found

@@ -27,8 +27,8 @@ from evenlight.stages.corrector.run import begin
 from evenlight.stages.priors.judge import Judge
 
 HOSTILE = (
-    None, True, -1, 0, 1.5, 1e308, 10**30, 10**400, "", "x", "../../x", [], {}, [[]], [None],
-    [-1, -1], {"a": {"b": []}},
+    None, True, -1, 0, 1.5, 1e308, 10**30, 10**400, "", "x", "../../x", "\ud800", [], {}, [[]],
+    [None], [-1, -1], {"a": {"b": []}},
 )  # fmt: skip
 GONE = object()
 
@@ -254,6 +254,14 @@ def test_a_refusal_names_file_and_field(place, value, said, store):
     files.write_json(path, changed(files.read_json(path), place, value))
     with pytest.raises(StoreError, match=said):
         Store.open(store)
+
+
+def test_half_a_surrogate_pair_where_a_word_is_due_is_damage(store):
+    path = store / "evenlight/units/000000.json"
+    files.write_json(path, changed(files.read_json(path), ("photos", 0, "status"), "\ud800"))
+    opened = Store.open(store)
+    assert opened.record(0) is None
+    assert "holds text that is not Unicode" in opened.verify()[0].reason
 
 
 def test_a_hostile_document_ends_a_command_with_exit_3(store, monkeypatch, capsys):
