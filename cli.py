@@ -305,6 +305,26 @@ def report(
 
 
 @app.command()
+def settings(
+    diff: Annotated[
+        Path | None,
+        typer.Option("--diff", help="A store or training run: only what differs there."),
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Every setting: its default, which values it takes, what a change of it makes stale."""
+    from evenlight.pipeline.settings_list import settings as run
+    from evenlight.pipeline.settings_list import to_text
+
+    rows = run(diff)
+    if not rows:
+        stderr.print("every setting is the default")
+    elif not as_json:
+        typer.echo(to_text(rows))
+    emit([asdict(row) for row in rows], as_json)
+
+
+@app.command()
 def doctor(as_json: JsonOption = False) -> None:
     """What is installed, which scan would run and why, which weights are there."""
     from evenlight.pipeline.doctor import doctor as run

@@ -98,6 +98,22 @@ def of_store(store: str | Path, given: Given = None, *, making: bool = False) ->
     return resolve(given, base)
 
 
+def recorded(path: str | Path) -> dict[str, Any]:
+    """The settings that a store or a training run was made with, by key, as far as they are known.
+
+    Raises UsageError where there is neither, StoreError where it is damaged.
+    """
+    path = Path(path)
+    if (path / "zarr.json").exists():
+        from evenlight.cache.store import Store
+
+        with Store.open(path) as opened:
+            return known(opened.index.settings)
+    if (path / "settings.toml").exists():
+        return known(_read_toml(path / "settings.toml"))
+    raise UsageError(f"{path} is no store and no training run: it holds no settings")
+
+
 def absolute_paths(settings: Settings) -> Settings:
     """The settings with files of weights named from the root on, for workers started elsewhere."""
     flat = flatten(to_dict(settings))
@@ -109,7 +125,7 @@ def absolute_paths(settings: Settings) -> Settings:
 
 
 def known(recorded: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings of a store that this version knows, by key; a warning names the others.
+    """Of recorded settings those that this version knows, by key; a warning names the others.
 
     Those of an older evenlight may be gone, or allow other values: the defaults take their place,
     and what they decided is made anew.
@@ -119,7 +135,7 @@ def known(recorded: Mapping[str, Any]) -> dict[str, Any]:
         try:
             _sections({key: value})
         except UsageError as error:
-            log.warning("a setting of the store is of another version of evenlight: %.200s", error)
+            log.warning("a setting recorded there is of another version of evenlight: %.200s", error)
         else:
             found[key] = value
     return found
@@ -148,9 +164,21 @@ def to_toml(settings: Settings) -> str:
     lines = []
     for section, fields in to_dict(settings).items():
         lines.append(f"[{section}]")
-        lines += [f"{key} = {_toml_value(value)}" for key, value in fields.items()]
+        lines += [f"{key} = {toml_value(value)}" for key, value in fields.items()]
         lines.append("")
     return "\n".join(lines)
+
+
+def toml_value(value: Any) -> str:
+    """A value as TOML writes it."""
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, str):
+        escaped = value.replace("\\", "\\\\").replace('"', '\\"')
+        return f'"{escaped}"'
+    if isinstance(value, list | tuple):
+        return "[" + ", ".join(toml_value(item) for item in value) + "]"
+    return repr(value)
 
 
 def flatten(nested: Mapping[str, Any]) -> dict[str, Any]:
@@ -194,12 +222,17 @@ def setting_types() -> dict[str, Any]:
     }
 
 
-@functools.cache
 def affected_by(key: str) -> str:
     """What a setting decides: a part of the store, "prompts", "training" or "run"."""
+    return about(key)["affects"]
+
+
+@functools.cache
+def about(key: str) -> Mapping[str, Any]:
+    """What a setting says of itself: "affects", "meaning", "allowed"."""
     section, name = key.split(".")
     section_type = get_type_hints(Settings)[section]
-    return next(f for f in dataclasses.fields(section_type) if f.name == name).metadata["affects"]
+    return next(f for f in dataclasses.fields(section_type) if f.name == name).metadata
 
 
 @functools.lru_cache(64)  # asked for every unit of a store
@@ -246,14 +279,3 @@ def _coerced(key: str, value: Any, wanted: Any) -> Any:
         return value
     name = getattr(wanted, "__name__", str(wanted))
     raise UsageError(f"{key} must be {name}, got {value!r}")
-
-
-def _toml_value(value: Any) -> str:
-    if isinstance(value, bool):
-        return str(value).lower()
-    if isinstance(value, str):
-        escaped = value.replace("\\", "\\\\").replace('"', '\\"')
-        return f'"{escaped}"'
-    if isinstance(value, list):
-        return "[" + ", ".join(_toml_value(item) for item in value) + "]"
-    return repr(value)

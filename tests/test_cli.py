@@ -44,6 +44,7 @@ SURFACE = {
         "-v", "--verbose",
     } | COMMON,
     "report": {"target", "--out", "-o", "--photos", "--side", "--json"},
+    "settings": {"--diff", "--json"},
     "doctor": {"--json"},
     "cache info": {"-s", "--store"} | COMMON,
     "cache verify": {"-s", "--store", "--repair", "--no-repair", "--json"},
