@@ -1,11 +1,8 @@
 """The command line: parse, call one function of the pipeline, print, exit with a code."""
 
-import contextlib
-import errno
 import logging
 import signal
 import sys
-import tempfile
 from dataclasses import asdict
 from enum import StrEnum
 from pathlib import Path
@@ -23,10 +20,9 @@ from evenlight.pipeline.console import (
     print_failures,
     print_passed_over,
     print_tree,
-    progress,
     ready_streams,
-    silent,
     stderr,
+    watched,
 )
 
 log = logging.getLogger("evenlight")
@@ -45,7 +41,6 @@ BadUsage: type[Exception] = typer.BadParameter.__mro__[1]
 app = typer.Typer(
     help="Mend badly exposed photographs; learn to do so from unlabelled photos.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
@@ -59,8 +54,21 @@ ModelOption = Annotated[
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Machine-readable result on stdout.")]
 ConfigOption = Annotated[Path | None, typer.Option("--config", help="TOML file of settings.")]
+
+
+def _completed(incomplete: str) -> list[tuple[str, str]]:
+    from evenlight.pipeline.settings_list import completions
+
+    return completions(incomplete)
+
+
 SetOption = Annotated[
-    list[str] | None, typer.Option("--set", help="section.key=value; repeatable.")
+    list[str] | None,
+    typer.Option("--set", help="section.key=value; repeatable.", autocompletion=_completed),
+]
+QuietOption = Annotated[bool, typer.Option("-q", "--quiet", help="Say only what failed.")]
+VerboseOption = Annotated[
+    bool, typer.Option("-v", "--verbose", help="Say more of all that is done.")
 ]
 
 
@@ -90,6 +98,8 @@ def precompute(
     retry_failed: Annotated[
         bool, typer.Option("--retry-failed", help="Try photos again that failed as they are.")
     ] = False,
+    quiet: QuietOption = False,
+    verbose: VerboseOption = False,
     config: ConfigOption = None,
     set_: SetOption = None,
     as_json: JsonOption = False,
@@ -103,7 +113,7 @@ def precompute(
     overrides = [*(set_ or []), *([f"run.workers={workers}"] if workers else [])]
     overrides += ["run.retry_failed=true"] if retry_failed else []
     settings = _read(config, overrides)
-    with progress() as on_progress:
+    with watched(quiet, verbose) as on_progress:
         report = run(
             photos,
             store,
@@ -120,6 +130,8 @@ def precompute(
 @app.command("tune-clip")
 def tune_clip(
     store: StoreOption,
+    quiet: QuietOption = False,
+    verbose: VerboseOption = False,
     config: ConfigOption = None,
     set_: SetOption = None,
     as_json: JsonOption = False,
@@ -127,15 +139,18 @@ def tune_clip(
     """Tune the judge, its strengths and its words, from the cached tensors of a store."""
     from evenlight.pipeline.judge import tune_clip as run
 
-    report = run(store, settings=_read(config, set_))
+    with watched(quiet, verbose):
+        report = run(store, settings=_read(config, set_))
     for sentence in report.sentences():
-        stderr.print(sentence)
+        log.info(sentence)
     emit(report, as_json)
 
 
 @app.command()
 def regenerate(
     store: StoreOption,
+    quiet: QuietOption = False,
+    verbose: VerboseOption = False,
     config: ConfigOption = None,
     set_: SetOption = None,
     as_json: JsonOption = False,
@@ -144,7 +159,7 @@ def regenerate(
     from evenlight.pipeline.precompute import regenerate as run
 
     settings = _read(config, set_)
-    with progress() as on_progress:
+    with watched(quiet, verbose) as on_progress:
         report = run(store, settings=settings, on_progress=on_progress)
     _finish_run(report, as_json)  # photos that failed did so in precompute: not a failure here
 
@@ -153,6 +168,8 @@ def regenerate(
 def train(
     store: StoreOption,
     out: Annotated[Path, typer.Option("-o", "--out", help="Folder of the run.")],
+    quiet: QuietOption = False,
+    verbose: VerboseOption = False,
     config: ConfigOption = None,
     set_: SetOption = None,
     as_json: JsonOption = False,
@@ -161,12 +178,9 @@ def train(
     from evenlight.pipeline.train import train as run
 
     settings = _read(config, set_)
-    with progress() as on_progress:
+    with watched(quiet, verbose) as on_progress:
         result = run(store, out, settings=settings, on_progress=on_progress)
-    stderr.print(
-        f"{result.folder}: {result.steps} steps, {result.seconds_per_step:.2f} s each; best at "
-        f"step {result.best_step}, {result.best_psnr:.2f} dB to held-out pseudo-GT"
-    )
+    log.info(result.summary())
     emit(result, as_json)
 
 
@@ -180,17 +194,19 @@ def evaluate(
         list[Path] | None, typer.Option("-m", "--model", help="Folder of a run; repeatable.")
     ] = None,
     csv: Annotated[Path | None, typer.Option("--csv", help="Write the rows here too.")] = None,
+    quiet: QuietOption = False,
+    verbose: VerboseOption = False,
     config: ConfigOption = None,
     set_: SetOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Measure models, their pseudo-ground-truth and baselines on sets of photos."""
-    from evenlight.cache.files import atomic_write
+    from evenlight.cache.files import atomic_write, try_to_write
     from evenlight.pipeline.evaluate import evaluate as run
 
     if csv is not None:
-        _try_to_write(csv)
-    with progress() as on_progress:
+        try_to_write(csv)
+    with watched(quiet, verbose) as on_progress:
         result = run(model or [], data, settings=_read(config, set_), on_progress=on_progress)
     try:
         if not as_json:
@@ -234,22 +250,21 @@ def correct(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Only tell what would be done.")
     ] = False,
-    quiet: Annotated[bool, typer.Option("-q", "--quiet", help="Only what failed.")] = False,
-    verbose: Annotated[bool, typer.Option("-v", "--verbose", help="What is kept, too.")] = False,
+    quiet: QuietOption = False,
+    verbose: VerboseOption = False,
     config: ConfigOption = None,
     set_: SetOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Correct photos of any size; inputs are never touched."""
-    listen(logging.WARNING if quiet else logging.DEBUG if verbose else logging.INFO)
-    log.info("looking for photos")
-    from evenlight.pipeline.correct import correct_files as run
-
     if as_json and str(out) == "-":
         raise UsageError("stdout takes one of -o - and --json")
     overrides = [*(set_ or []), *(ALL_PHOTOS if everything else [])]
     overrides += [f'run.device="{device}"'] if device else []
-    with contextlib.nullcontext(silent) if quiet else progress() as on_progress:
+    with watched(quiet, verbose) as on_progress:
+        log.info("looking for photos")
+        from evenlight.pipeline.correct import correct_files as run
+
         report = run(
             photos,
             out,
@@ -264,11 +279,7 @@ def correct(
             workers=workers,
             dry_run=dry_run,
         )
-    log.info(report.summary())
-    if not quiet:
-        print_passed_over(report.passed_over)
-    print_failures(report.failed)
-    emit(report, as_json)
+    _finish_run(report, as_json)
     if report.failed:
         raise typer.Exit(SOME_FAILED)
 
@@ -290,14 +301,16 @@ def report(
         ),
     ] = None,
     side: Annotated[int, typer.Option(min=64, help="Longer side of pictures, pixels.")] = 2048,
+    quiet: QuietOption = False,
+    verbose: VerboseOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """One HTML page to look at: photos before and after, what the judge said, training curves."""
     from evenlight.pipeline.report import report as run
 
-    with progress() as on_progress:
+    with watched(quiet, verbose) as on_progress:
         made = run(target, out, photos=photos or [], side=side, on_progress=on_progress)
-    stderr.print(f"{made.photos} photos; look at {made.page}")
+    log.info(f"{made.photos} photos; look at {made.page}")
     print_failures(made.failed)
     emit(made, as_json)
     if made.failed:
@@ -361,17 +374,11 @@ def cache_verify(
 ) -> None:
     """Check every stored byte against its record."""
     from evenlight.pipeline.store_info import cache_verify as run
+    from evenlight.pipeline.store_info import sentences
 
     damages = run(store, repair=repair)
-    for damage in damages:
-        where = f"unit {damage.unit} {damage.part}" if damage.unit is not None else "store"
-        stderr.print(f"{where} {damage.array}: {damage.reason}")
-    cure = (
-        "what is damaged is forgotten: 'evenlight precompute' remakes it"
-        if repair
-        else "'evenlight cache verify --repair', then 'evenlight precompute', remake it"
-    )
-    stderr.print(f"{len(damages)} damaged; {cure}" if damages else "whole")
+    for sentence in sentences(damages, repair):
+        stderr.print(sentence)
     emit([asdict(damage) for damage in damages], as_json)
     if damages and not repair:
         raise typer.Exit(STORE)
@@ -419,24 +426,8 @@ def _read(config: Path | None, overrides: list[str] | None) -> dict[str, Any]:
     return read(config, overrides or [])
 
 
-def _try_to_write(path: Path) -> None:
-    """Raise UsageError where a small file could not be written there; nothing is left behind."""
-    try:
-        if path.is_dir():
-            raise IsADirectoryError(errno.EISDIR, "it is a folder")
-        with tempfile.TemporaryFile(dir=path.absolute().parent, buffering=0) as file:
-            file.write(bytes(1 << 16))
-    except OSError as error:
-        raise UsageError(f"{path} cannot be written: {error.strerror}") from error
-
-
 def _finish_run(report: Any, as_json: bool) -> None:
-    rate = report.photos_made / max(report.seconds, 1e-9)
-    stderr.print(
-        f"{report.photos} photos, {len(report.failed)} failed; units: {report.units_made} "
-        f"made, {report.units_kept} already complete; {report.seconds:.1f} s, "
-        f"{rate:.2f} photos/s"
-    )
+    log.info(report.summary())
     print_passed_over(report.passed_over)
     print_failures(report.failed)
     emit(report, as_json)
@@ -454,6 +445,7 @@ def _stop(number: int, _: FrameType | None) -> None:
 
 def main() -> None:
     """Run the command line and map errors to exit codes."""
+    listen(logging.INFO)
     for stop in (signal.SIGINT, signal.SIGTERM):
         signal.signal(stop, _stop)
     # click gives an option without a value the next word: a photo

@@ -303,7 +303,7 @@ MUTANTS = (
            "        signal.signal(stop, signal.SIG_DFL)  # a second one ends the process at once\n",
            "        pass\n", DOORS + " -k signal"),
     Mutant("the path of --csv is tried first", "cli.py",
-           "        _try_to_write(csv)\n", "        pass\n", "test_evaluate.py -k found_out_before"),
+           "        try_to_write(csv)\n", "        pass\n", "test_evaluate.py -k found_out_before"),
     Mutant("memory that lacks is a sentence", "cli.py",
            "    except MemoryError as error:", "    except ZeroDivisionError as error:",
            "test_cli.py -k one_sentence_and_their_code"),

@@ -5,6 +5,7 @@ Every byte of a store goes to disk through `atomic_write`. POSIX only (flock, fs
 
 import atexit
 import contextlib
+import errno
 import fcntl
 import functools
 import hashlib
@@ -24,7 +25,7 @@ from typing import Any, Self, TypeVar
 
 from pydantic import TypeAdapter, ValidationError
 
-from evenlight.cache.errors import StoreError
+from evenlight.cache.errors import StoreError, UsageError
 
 Checked = TypeVar("Checked")
 TEMPORARY_SUFFIX = ".evenlight-tmp"
@@ -66,6 +67,17 @@ def sync_folder(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def try_to_write(path: Path) -> None:
+    """Raise UsageError where a small file could not be written there; nothing is left behind."""
+    try:
+        if path.is_dir():
+            raise IsADirectoryError(errno.EISDIR, "it is a folder")
+        with tempfile.TemporaryFile(dir=path.absolute().parent, buffering=0) as file:
+            file.write(bytes(1 << 16))
+    except OSError as error:
+        raise UsageError(f"{path} cannot be written: {error.strerror}") from error
 
 
 def make_folder(folder: Path) -> None:

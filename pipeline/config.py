@@ -159,6 +159,16 @@ def store_settings(settings: Settings) -> dict[str, Any]:
     }
 
 
+def differing(recorded: Mapping[str, Any], settings: Settings) -> dict[str, str]:
+    """Settings that are not as recorded: key -> "key was -> is"."""
+    now = flatten(to_dict(settings))
+    return {
+        key: f"{key} {toml_value(was)} -> {toml_value(now[key])}"
+        for key, was in flatten(recorded).items()
+        if key in now and was != now[key]
+    }
+
+
 def to_toml(settings: Settings) -> str:
     """The resolved settings as TOML, read back by `build`."""
     lines = []

@@ -12,12 +12,12 @@ from dataclasses import asdict, is_dataclass
 from datetime import timedelta
 from typing import Any
 
-from rich import progress as rich_progress
 from rich.console import Console
 
 from evenlight.cache.errors import EnvironmentLacks
 from evenlight.stages.photos.find import without_controls
 
+log = logging.getLogger(__name__)
 Progress = Callable[[str, int, int], None]
 """(what is counted, done, of how many); called from the main thread."""
 
@@ -53,11 +53,21 @@ def silent(what: str, done: int, total: int) -> None:
 
 
 @contextlib.contextmanager
+def watched(quiet: bool, verbose: bool) -> Iterator[Progress]:
+    """Progress and words of a command: of quiet ones only what failed, of verbose ones more."""
+    listen(logging.WARNING if quiet else logging.DEBUG if verbose else logging.INFO)
+    with contextlib.nullcontext(silent) if quiet else progress() as on_progress:
+        yield on_progress
+
+
+@contextlib.contextmanager
 def progress() -> Iterator[Progress]:
     """One bar per thing counted, on stderr; where that is no terminal, a line every INTERVAL."""
     if not stderr.is_terminal:
         yield _lines()
         return
+    from rich import progress as rich_progress
+
     with rich_progress.Progress(
         rich_progress.TextColumn("{task.description}"),
         rich_progress.BarColumn(),
@@ -138,13 +148,14 @@ def print_failures(failed: list[tuple[str, str]]) -> None:
 
 
 def print_passed_over(passed_over: list[tuple[str, str]]) -> None:
-    """One line per reason: how many pictures it met, and the names of the first few."""
+    """One line per reason: how many pictures it met, and the names of the first few.  Of a quiet
+    command, none."""
     names: dict[str, list[str]] = {}
     for name, reason in passed_over:
         names.setdefault(reason, []).append(name)
     for reason, there in names.items():
         more = f" and {len(there) - NAMED} more" if len(there) > NAMED else ""
-        stderr.print(f"passed over {len(there)}: {', '.join(there[:NAMED])}{more} ({reason})")
+        log.info(f"passed over {len(there)}: {', '.join(there[:NAMED])}{more} ({reason})")
 
 
 def print_tree(values: dict[str, Any], indent: int = 0) -> None:

@@ -5,6 +5,7 @@ import dataclasses
 import functools
 import io
 import itertools
+import logging
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
@@ -36,6 +37,7 @@ from evenlight.stages.photos.decode import decode
 from evenlight.stages.photos.find import without_controls
 from evenlight.stages.priors.pseudo_gt import re_expose
 
+log = logging.getLogger(__name__)
 SIDES = ("under", "over", "all")
 
 
@@ -205,6 +207,7 @@ def _measure_all(
                 output = method(opened)
                 figures = measure(opened.photo, output, opened.reference, opened.mask)
                 measured[name].figures.append((side, figures))
+                log.debug("%s: %s: %s", case.photo, name, figures)
                 outputs[name].append(output)
             on_progress("photos", len(digests), len(found))
         for name, of_scene in outputs.items():

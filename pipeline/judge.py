@@ -36,22 +36,32 @@ class TuneReport:
     judge: str  # fingerprint of the judge now in force
 
     def sentences(self) -> list[str]:
-        """What changed, in plain words."""
+        """What was found, what decides now, and what to do next, in plain words."""
         found, said = self.judge_report, self.prompts_report
-        lines = [f"{found['teachers']} of {found['photos']} photos are surely good and taught it"]
+        strengths = words = "kept as they were, because "
         if self.judge_accepted:
-            lines.append(
-                f"strengths: tuned; on photos held out the error is {found['error']:.3f} "
-                f"(before {found['error_before']:.3f})"
+            strengths = (
+                f"tuned: on held-out photos off by {found['error']:.3f}, before by "
+                f"{found['error_before']:.3f}"
             )
         else:
-            lines.append(f"strengths: as before: {found['reason']}")
+            strengths += found["reason"]
         if self.prompts_accepted:
-            lines.append(f"words: tuned on {said['good_photos']} photos")
+            words = (
+                f"tuned: {said['accuracy']:.1%} of held-out exposures named rightly, before "
+                f"{said['accuracy_untuned']:.1%}"
+            )
         else:
-            lines.append(f"words: as before: {said['reason']}")
-        cure = "'evenlight regenerate' chooses the pseudo-GT anew"
-        return [*lines, cure if self.accepted else "the pseudo-GT stays as it is"]
+            words += said["reason"]
+        return [
+            f"found: {found['teachers']} of {found['photos']} photos are surely good",
+            f"strengths: {strengths}",
+            f"words: {words}",
+            f"now decides: the judge {'tuned here' if self.accepted else 'that decided before'}",
+            "next: 'evenlight regenerate' chooses the pseudo-GT anew"
+            if self.accepted
+            else "next: nothing; the pseudo-GT stays as it is",
+        ]
 
 
 def store_judge(store: Store, clip: ClipModel | None) -> Judge:
@@ -105,6 +115,7 @@ def tune_clip(
             judge = strengths.judge
         if words.accepted:
             judge = judge.changed("prompts", words.scorer.to_tensors())
+        log.debug("strengths: %s; words: %s", strengths.report, words.report)
         accepted = strengths.accepted or words.accepted
         if accepted:
             write_judge(target, judge, clip, tuned=True)

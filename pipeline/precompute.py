@@ -51,6 +51,14 @@ class RunReport:
     photos_made: int = 0
     seconds: float = 0.0
 
+    def summary(self) -> str:
+        """In a sentence."""
+        rate = self.photos_made / max(self.seconds, 1e-9)
+        return (
+            f"{self.photos} photos, {len(self.failed)} failed; units: {self.units_made} made, "
+            f"{self.units_kept} already complete; {self.seconds:.1f} s, {rate:.2f} photos/s"
+        )
+
 
 def precompute(
     photos: str | Path,
@@ -87,6 +95,7 @@ def precompute(
         tools = Tools(settings, models, store_judge(target, models.clip))
         plans = _prepared(target, index, digests, tools, sources, photos)
         todo = [plan for plan in plans if plan.todo and not _without_files(plan, sources)]
+        _tell_of_changes(target, settings, todo)
         finished = schedule.run(
             functools.partial(make_unit_here, target, tools=tools),
             functools.partial(make_unit_in_worker, settings=settings),
@@ -117,6 +126,7 @@ def regenerate(
         plans = [_regenerate_plan(target, unit, tools) for unit in range(target.index.num_units)]
         _forget_round(target)
         todo = [plan for plan in plans if plan.todo]
+        _tell_of_changes(target, settings, todo)
         report = RunReport(units_kept=len(plans) - len(todo))
         tasks = (UnitTask(target.path, plan, {}) for plan in todo)
         finished = (make_unit_here(target, task, tools) for task in tasks)
@@ -176,6 +186,7 @@ def _take_in(
     for task in finished:
         _record_settings(store, settings)
         _count(report, task.plan)
+        log.debug("unit %d: %s (%s)", task.plan.unit, ", ".join(task.plan.todo), task.plan.reason)
         on_progress("photos", report.photos_made, num_photos)
     _record_settings(store, settings)
     _collect(store, report)
@@ -346,15 +357,20 @@ def _refuse_other_changes(store: Store, settings: Settings) -> None:
     """Only precompute can follow a change of parts that no judge makes."""
     if not store.index.num_units:
         raise StoreError(f"{store.path} holds no photos: run 'evenlight precompute' first")
-    recorded = config.build(base=config.known(store.index.settings))
-    for part in PARTS[:-1]:
-        now = config.values_affecting(settings, part.name)
-        for key, value in config.values_affecting(recorded, part.name).items():
-            if now[key] != value:
-                raise StoreError(
-                    f"store {store.path} was made with {key} = {value!r}, settings ask for "
-                    f"{now[key]!r}: 'evenlight precompute' remakes what that touches"
-                )
+    differing = config.differing(store.index.settings, settings)
+    told = [x for key, x in differing.items() if config.affected_by(key) != PARTS[-1].name]
+    if told:
+        raise StoreError(
+            f"store {store.path} was made with other settings ({', '.join(told)}): "
+            "'evenlight precompute' remakes what that touches"
+        )
+
+
+def _tell_of_changes(store: Store, settings: Settings, todo: Sequence[UnitPlan]) -> None:
+    """Say, before it is done, which finished parts go because of which settings."""
+    told = ", ".join(config.differing(store.index.settings, settings).values())
+    if told and todo:
+        log.warning("%s: what that touches is made anew in %d units", told, len(todo))
 
 
 def _unit_sources(plan: UnitPlan, sources: Mapping[str, PhotoSource]) -> dict[str, PhotoSource]:

@@ -5,6 +5,7 @@ What the page holds is gathered here; how it shows that is report.html, beside t
 
 import functools
 import json
+import logging
 import math
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
     from evenlight.pipeline.evaluate import Evaluation
     from evenlight.stages.corrector.predictor import Predictor
 
+log = logging.getLogger(__name__)
 PAGE = Path(__file__).with_name("report.html")
 INSIDE = 8  # photos; the pictures of more lie in a folder beside the page
 SIDE = 2048  # pixels, the longer side of a picture
@@ -142,6 +144,7 @@ def _rows(
         try:
             with one_photo():
                 rows.append({"name": name} | _row(read(), pictures, f"{done:06}", side))
+            log.debug("%s: %s", name, rows[-1]["said"])
         except PhotoError as error:
             failed.append((name, str(error)))
         on_progress("photos", done, len(subject.photos))

@@ -65,6 +65,18 @@ def to_text(rows: list[SettingRow]) -> str:
     )
 
 
+def completions(incomplete: str) -> list[tuple[str, str]]:
+    """What a shell offers behind --set: keys, or values of a key that has choices; each with what
+    the setting means."""
+    key, equals, _ = incomplete.partition("=")
+    found = [(f"{name}=", name) for name in config.setting_types()]
+    if equals and key in config.setting_types():
+        found = [(f"{key}={choice}", key) for choice in config.about(key)["allowed"].choices]
+    return [
+        (text, config.about(name)["meaning"]) for text, name in found if text.startswith(incomplete)
+    ]
+
+
 def _allowed(key: str) -> str:
     if config.setting_types()[key] is bool:
         return "true or false"

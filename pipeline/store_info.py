@@ -61,6 +61,20 @@ def cache_verify(store: str | Path, *, repair: bool = False) -> list[Damage]:
     return damages
 
 
+def sentences(damages: Sequence[Damage], repaired: bool) -> list[str]:
+    """What `cache_verify` found, in words."""
+    if not damages:
+        return ["whole"]
+    places = [f"unit {x.unit} {x.part}" if x.unit is not None else "store" for x in damages]
+    cure = (
+        "what is damaged is forgotten: 'evenlight precompute' remakes it"
+        if repaired
+        else "'evenlight cache verify --repair', then 'evenlight precompute', remake it"
+    )
+    lines = (f"{place} {x.array}: {x.reason}" for place, x in zip(places, damages, strict=True))
+    return [*lines, f"{len(damages)} damaged; {cure}"]
+
+
 def cache_forget(store: str | Path, names: Sequence[str]) -> int:
     """Take photos out of a store; returns how many are left.  Raises UsageError where one is not
     there.  A later `precompute` of a folder that holds them takes them on again."""

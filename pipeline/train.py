@@ -82,8 +82,9 @@ def refuse_stale(store: Store, settings: Settings, models: Models, judge: str) -
     for plan in recorded_plans(store, settings, made_by(priors_of(models, judge))):
         if plan.todo:
             cure = "regenerate" if plan.todo == ("pseudo_gt",) else "precompute"
+            why = [plan.reason, *config.differing(store.index.settings, settings).values()]
             raise StoreError(
-                f"unit {plan.unit} of store {store.path} is stale ({plan.reason}): run "
+                f"unit {plan.unit} of store {store.path} is stale ({'; '.join(why)}): run "
                 f"'evenlight {cure} -s {store.path}' first, or restore the settings"
             )
 

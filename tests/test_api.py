@@ -49,7 +49,9 @@ def test_what_is_not_named_stays_as_the_store_was_made(store, tmp_path):
 
 
 def test_complete_settings_are_taken_as_they_are(store):
-    with pytest.raises(StoreError, match=r"was made with photo\.size = 64"):
+    with pytest.raises(
+        StoreError, match=r"other settings \(ladder\.regions 3 -> 16, photo\.size 64 -> 512"
+    ):
         evenlight.regenerate(store, settings=Settings())
 
 

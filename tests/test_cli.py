@@ -28,7 +28,7 @@ from evenlight.pipeline.store_info import cache_verify
 from evenlight.stages.corrector.training import NonFinite
 
 SMALL = ["photo.size=64", "run.unit_size=2", "ladder.regions=3"]
-COMMON = {"--config", "--set", "--json"}
+COMMON = {"-q", "--quiet", "-v", "--verbose", "--config", "--set", "--json"}
 # Every command and its options.  A new one is added here on purpose, with its line in the README.
 SURFACE = {
     "precompute": {"photos", "-s", "--store", "--workers", "--scheduler", "--prune"}
@@ -40,13 +40,12 @@ SURFACE = {
     "evaluate": {"--data", "-m", "--model", "--csv"} | COMMON,
     "correct": {
         "photos", "-o", "--out", "-m", "--model", "--strength", "--all", "--overwrite", "--skip",
-        "--suffix", "--format", "--quality", "--workers", "--device", "--dry-run", "-q", "--quiet",
-        "-v", "--verbose",
+        "--suffix", "--format", "--quality", "--workers", "--device", "--dry-run",
     } | COMMON,
-    "report": {"target", "--out", "-o", "--photos", "--side", "--json"},
+    "report": {"target", "--out", "-o", "--photos", "--side"} | COMMON - {"--config", "--set"},
     "settings": {"--diff", "--json"},
     "doctor": {"--json"},
-    "cache info": {"-s", "--store"} | COMMON,
+    "cache info": {"-s", "--store", "--config", "--set", "--json"},
     "cache verify": {"-s", "--store", "--repair", "--no-repair", "--json"},
     "cache forget": {"names", "-s", "--store", "--json"},
     "weights fetch": {"name", "-o", "--out", "--json"},
@@ -123,7 +122,10 @@ def test_precompute_again_goes_on_with_the_settings_of_the_store(
     assert [name for name, _ in report["passed_over"]] == ["raw.dng"]
     assert "passed over 1: raw.dng (raw: develop it first" in printed.err
     assert run_cli(monkeypatch, *arguments, "--set", "pseudo_gt.max_strength=1.5") == 0
-    assert set(json.loads(capsys.readouterr().out)["parts_made"]) == {"pseudo_gt"}
+    printed = capsys.readouterr()
+    assert set(json.loads(printed.out)["parts_made"]) == {"pseudo_gt"}
+    told = "pseudo_gt.max_strength 2.2 -> 1.5: what that touches is made anew in 2 units"
+    assert told in printed.err
 
 
 @pytest.mark.parametrize(
@@ -160,7 +162,8 @@ def test_exit_3_on_a_store_that_is_missing_damaged_or_stale(
     assert run_cli(monkeypatch, "cache", "info", "-s", tmp_path / "none") == 3
     stale = ("--set", "regions.iou=0.9")
     assert run_cli(monkeypatch, "regenerate", "-s", store, *stale) == 3
-    assert "'evenlight precompute' remakes what that touches" in capsys.readouterr().err
+    told = "(regions.iou 0.6 -> 0.9): 'evenlight precompute' remakes what that touches"
+    assert told in capsys.readouterr().err
     assert run_cli(monkeypatch, "cache", "verify", "-s", store) == 0
     damage(store, "regions")
     assert run_cli(monkeypatch, "cache", "verify", "-s", store) == 3
@@ -225,6 +228,18 @@ def test_json_is_one_document_on_stdout_and_everything_else_on_stderr(
     document = json.loads(said.out)
     assert (len(document["corrected"]), document["failed"][0][0]) == (3, "page.jpg")
     assert "corrected 3 photos" in said.err and "1 failed" in said.err
+
+
+@pytest.mark.parametrize("name", SURFACE)
+def test_errors_of_every_command_are_json_where_json_is_asked_for(
+    name, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    assert run_cli(monkeypatch, *name.split(), "--frobnicate", "--json") == 2
+    said = capsys.readouterr()
+    error = json.loads(said.out)
+    assert error["exit"] == 2 and "frobnicate" in error["error"]
+    assert said.err == f"evenlight: {error['error']}\n"
 
 
 def test_numbers_that_json_has_not_become_null(capsys):

@@ -42,13 +42,17 @@ def test_a_fresh_store_is_accepted(store):
 @pytest.mark.parametrize(
     ("overrides", "models", "said"),
     [
-        (["regions.iou=0.7"], Models(ToySegmenter(), ToyClip()), r"regions.*precompute"),
+        (
+            ["regions.iou=0.7"],
+            Models(ToySegmenter(), ToyClip()),
+            r"\(regions: settings or weights changed; regions\.iou 0\.6 -> 0\.7\).*precompute",
+        ),
         ([], Models(ToySegmenter(1), ToyClip()), r"regions.*precompute"),
         ([], Models(ToySegmenter(), ToyClip(1)), r"embeddings.*precompute"),
         (
             ["pseudo_gt.max_strength=1.5"],
             Models(ToySegmenter(), ToyClip()),
-            r"pseudo_gt.*regenerate",
+            r"pseudo_gt.*; pseudo_gt\.max_strength 2\.2 -> 1\.5\).*regenerate",
         ),
     ],
 )

@@ -174,6 +174,41 @@ def test_a_damaged_newest_checkpoint_costs_one_interval_and_nothing_else(uninter
     assert (out / name).read_bytes() == (uninterrupted[0] / name).read_bytes()
 
 
+def test_more_steps_train_on_at_the_rate_of_the_longer_run(uninterrupted, tmp_path, caplog):
+    """The steps that were done stay as they were; stopped on the way, the run still ends the same.
+
+    The toy run validates every 5 steps and at its end.
+    """
+    longer, ends = with_train(steps=18), []
+    for name in ("through", "stopped"):
+        out = tmp_path / name
+        shutil.copytree(uninterrupted[0], out)
+        with caplog.at_level("INFO"):
+            if name == "stopped":
+                with pytest.raises(KeyboardInterrupt):
+                    run(out, longer, on_progress=halt_at(15))
+            result = run(out, longer)
+        assert result.steps == 18
+        ends.append((out / "corrector.safetensors").read_bytes())
+        ends.append(log_lines(out))
+    assert ends[:2] == ends[2:]
+    assert "train.steps 12 -> 18: the learning rate is that of the longer run" in caplog.text
+    lines = log_lines(uninterrupted[0])
+    assert ends[1][: len(lines)] == lines
+    rates = {line["step"]: line["rate"] for line in ends[1] if "rate" in line}
+    # step 13 is step 12 counted from 0: the cosine of 18 steps at two thirds
+    assert rates[13] == pytest.approx(5e-4 * (0.005 + 0.995 * 0.25))
+    assert max(rates[12], rates[18]) < rates[13] / 10
+
+
+def halt_at(last: int):
+    def on_progress(step: int, steps: int, record: dict) -> None:
+        if step == last:
+            raise KeyboardInterrupt
+
+    return on_progress
+
+
 def test_training_leaves_the_global_random_state_alone(tmp_path):
     before = torch.get_rng_state()
     run(tmp_path, with_train(steps=1))
@@ -304,10 +339,18 @@ def test_shares_are_calibrated_once_and_logged(uninterrupted):
 
 def test_other_settings_other_priors_or_no_resume_are_refused(uninterrupted):
     out = uninterrupted[0]
-    with pytest.raises(StoreError, match=r"begun with train = .*choose another output folder"):
-        run(out, with_train(learning_rate=1e-4))
-    with pytest.raises(StoreError, match="begun with priors"):
-        run(out, kept=Kept({"priors": "others"}, {}))
+    refused = r"at step 12, was begun otherwise \({}\): restore .*another output folder$"
+    for changes, told in (
+        ({"learning_rate": 1e-4}, "train.learning_rate 0.0005 -> 0.0001"),
+        ({"crop": 64, "bad": 2}, "train.bad 1 -> 2, train.crop 32 -> 64"),
+        ({"steps": 11}, "train.steps 12 -> 11"),
+        ({"steps": 20, "bad": 2}, "train.steps 12 -> 20, train.bad 1 -> 2"),
+    ):
+        with pytest.raises(StoreError, match=refused.format(told)):
+            run(out, with_train(**changes))
+    others = Kept({"priors": {"segmenter": "toy", "clip": "other"}}, {})
+    with pytest.raises(StoreError, match=refused.format("priors.clip toy -> other")):
+        run(out, kept=others)
     with pytest.raises(UsageError, match="holds a run at step 12"):
         run(out, resume=False)
 
@@ -316,7 +359,7 @@ def test_what_is_refused_leaves_the_settings_of_the_run_as_they_were(uninterrupt
     out = tmp_path / "kept"
     shutil.copytree(uninterrupted[0], out)
     (out / "settings.toml").write_text("as it was")
-    with pytest.raises(StoreError, match="begun with train"):
+    with pytest.raises(StoreError, match="was begun otherwise"):
         run(out, with_train(learning_rate=1e-4), KEPT._replace(toml="other"))
     assert (out / "settings.toml").read_text() == "as it was"
     run(out, kept=KEPT._replace(toml="[train]"))

@@ -4,7 +4,7 @@ import copy
 import json
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -23,11 +23,12 @@ from evenlight.stages.corrector.checkpoint import (
 )
 from evenlight.stages.corrector.losses import START_WEIGHTS, Calibration
 from evenlight.stages.corrector.network import Corrector
-from evenlight.stages.settings import Settings
+from evenlight.stages.settings import Settings, TrainSettings
 from evenlight.stages.weights import shipped
 
 log = logging.getLogger(__name__)
 Progress = Callable[[int, int, dict[str, Any]], None]  # step, steps, record
+FINAL_RATE = 0.005  # of the learning rate, at the end of the cosine
 
 
 @dataclass(frozen=True)
@@ -127,7 +128,11 @@ def begin(
     resume: bool,
     device: torch.device,
 ) -> Run:
-    """A new run, or the newest whole checkpoint of the same run in the folder of the lock."""
+    """A new run, or the newest whole checkpoint of the same run in the folder of the lock.
+
+    More steps than it was begun with train it on.  Raises UsageError where it may not be resumed,
+    StoreError where anything else differs.
+    """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(settings.train.seed)
         network = Corrector(settings.network, p3_channels).to(device)
@@ -156,16 +161,51 @@ def begin(
             f"{checkpoints} holds a run at step {checkpoint.step}: resume it, "
             "remove it, or choose another output folder"
         )
-    for name, value in json.loads(json.dumps(run.info)).items():
-        before = checkpoint.info.get(name)
-        if before != value:
-            raise StoreError(
-                f"the run in {checkpoints} was begun with {name} = {before}, "
-                f"now it is {value}: restore it, or choose another output folder"
-            )
+    changed = _changed(checkpoint.info, run.info)
+    told = ", ".join(f"{key} {before} -> {now}" for key, (before, now) in changed.items())
+    if changed and not _only_more_steps(changed):
+        raise StoreError(
+            f"the run in {checkpoints}, at step {checkpoint.step}, was begun otherwise ({told}): "
+            "restore that (train.steps may rise), or choose another output folder"
+        )
     run.restore(checkpoint)
     log.info("resuming %s at step %d", run.folder, run.step)
+    if changed:
+        rate = learning_rate(run.step, settings.train)
+        log.info("%s: the learning rate is that of the longer run from now on: %.2g", told, rate)
     return run
+
+
+def learning_rate(step: int, options: TrainSettings) -> float:
+    """Linear warm-up, then a cosine down to FINAL_RATE of the peak."""
+    warm = min(1.0, (step + 1) / max(1, options.warmup))
+    fall = 0.5 * (1 + math.cos(math.pi * step / options.steps))
+    return options.learning_rate * warm * (FINAL_RATE + (1 - FINAL_RATE) * fall)
+
+
+def _changed(before: dict[str, Any], now: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """What of a run's info is not as in a checkpoint's: key -> values before and now."""
+    found = {}
+    for name, value in json.loads(json.dumps(now)).items():
+        was, is_now = (dict(_flat({name: x})) for x in (before.get(name), value))
+        for key in {**is_now, **was}:
+            if was.get(key) != is_now.get(key):
+                found[key.removeprefix("settings.")] = was.get(key), is_now.get(key)
+    return found
+
+
+def _only_more_steps(changed: dict[str, tuple[Any, Any]]) -> bool:
+    before, now = changed.get("train.steps", (None, 0))
+    return changed.keys() == {"train.steps"} and isinstance(before, int) and before < now
+
+
+def _flat(nested: dict[str, Any], at: str = "") -> Iterator[tuple[str, Any]]:
+    """The values in nested ones, by dotted key."""
+    for key, value in nested.items():
+        if isinstance(value, dict):
+            yield from _flat(value, f"{at}{key}.")
+        else:
+            yield f"{at}{key}", value
 
 
 def _start_from(run: Run, settings: Settings) -> None:
@@ -209,6 +249,8 @@ class RunLog:
         self.lock.confirm()
         with self.path.open("a") as file:
             file.write(json.dumps(record) + "\n")
+        told = [f"{name} {value:.4g}" for name, value in _flat(record) if name != "step"]
+        log.debug("step %d: %s", step, ", ".join(told))
         self.on_progress(step, self.steps, record)
 
 

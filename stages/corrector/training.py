@@ -23,13 +23,13 @@ from evenlight.stages.corrector.run import (
     begin,
     checkpoints_of,
     choices_of,
+    learning_rate,
 )
 from evenlight.stages.corrector.scan import choose
 from evenlight.stages.corrector.streams import draw, plan_streams, validation_draws
 from evenlight.stages.settings import Settings
 
 log = logging.getLogger(__name__)
-FINAL_RATE = 0.005  # of the learning rate, at the end of the cosine
 
 
 class NonFinite(EvenlightError):  # noqa: N818 - reads as the sentence it is
@@ -51,6 +51,13 @@ class TrainResult:
     best_step: int
     best_psnr: float  # dB, EMA output on the held-out photos
     seconds_per_step: float  # of the steps of this call; 0 if there was none left to do
+
+    def summary(self) -> str:
+        """In a sentence."""
+        return (
+            f"{self.folder}: {self.steps} steps, {self.seconds_per_step:.2f} s each; best at step "
+            f"{self.best_step}, {self.best_psnr:.2f} dB to held-out pseudo-GT"
+        )
 
 
 def train(
@@ -89,7 +96,7 @@ def _take_steps(
 
     while run.step < options.steps:
         started = time.perf_counter()
-        rate = learning_rate(run.step, settings)
+        rate = learning_rate(run.step, options)
         chosen = draw(run.step, pools, extents, options)
         batch = take(data, extents, chosen, min(options.crop, options.size), device)
 
@@ -136,14 +143,6 @@ def _take_steps(
                 run.best_psnr, run.best_step = psnr, run.step
         if validated or run.step % options.save_every == 0:
             run.save()
-
-
-def learning_rate(step: int, settings: Settings) -> float:
-    """Linear warm-up, then a cosine down to FINAL_RATE of the peak."""
-    options = settings.train
-    warm = min(1.0, (step + 1) / max(1, options.warmup))
-    fall = 0.5 * (1 + math.cos(math.pi * step / options.steps))
-    return options.learning_rate * warm * (FINAL_RATE + (1 - FINAL_RATE) * fall)
 
 
 @torch.no_grad()

@@ -6,7 +6,7 @@ import functools
 import itertools
 import math
 from collections.abc import Callable
-from dataclasses import MISSING, dataclass, field
+from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -73,6 +73,14 @@ class Figures:
     tint: float = figure("tint", default=MISSING)  # of 255 where the photo is blown
     luma: float = figure("luma", 1, default=MISSING)  # of 255
     noise: float = figure("noise", default=MISSING)  # of 255, where the photo is dark
+
+    def __str__(self) -> str:
+        there = [(one, getattr(self, one.name)) for one in fields(self)]
+        return ", ".join(
+            f"{one.metadata['heading']} {value:.{one.metadata['decimals']}f}"
+            for one, value in there
+            if not math.isnan(value)
+        )
 
 
 def measure(

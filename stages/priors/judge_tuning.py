@@ -92,7 +92,7 @@ def tune(judge: Judge, cached: Cached, settings: JudgeSettings) -> TunedJudge:
     teachers = torch.nonzero(before.good >= TEACHER)[:, 0]
     report: dict[str, Any] = {"photos": count, "teachers": len(teachers)}
     if len(teachers) < FEWEST:
-        reason = f"{len(teachers)} photos are surely good, {FEWEST} are needed to learn from"
+        reason = f"{FEWEST} surely good photos are needed to learn from: there are {len(teachers)}"
         return TunedJudge(judge, False, report | {"reason": reason})
     generator = torch.Generator().manual_seed(settings.seed)
     held = torch.rand(count, generator=generator) < settings.held_out
@@ -109,10 +109,10 @@ def tune(judge: Judge, cached: Cached, settings: JudgeSettings) -> TunedJudge:
     kept = now["disagreement"] <= was["disagreement"] and now["spared"] >= was["spared"] - 0.02
     if not (better and kept):
         report["reason"] = (
-            f"on held-out photos it errs by {now['error']:.3f} in strength (before "
-            f"{was['error']:.3f}), its answers along a ladder differ by {now['disagreement']:.3f} "
-            f"({was['disagreement']:.3f}), and it spares {now['spared']:.0%} of the good photos "
-            f"({was['spared']:.0%}): the former judge stays"
+            f"tuned, they are off by {now['error']:.3f} on held-out photos, before by "
+            f"{was['error']:.3f}, contradict each other by {now['disagreement']:.3f}, before by "
+            f"{was['disagreement']:.3f}, and leave {now['spared']:.0%} of the good ones alone, "
+            f"before {was['spared']:.0%}"
         )
     return TunedJudge(tuned, better and kept, report)
 

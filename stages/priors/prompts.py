@@ -147,11 +147,7 @@ def tune(clip: ClipModel, ladders: Ladders, settings: PromptSettings) -> TuneRes
         "last_loss": round(losses[-1], 4),
     }
     if not accepted:
-        report["reason"] = (
-            f"on held-out photos accuracy is {accuracy:.3f} (asked {settings.min_accuracy}, before "
-            f"{accuracy_before:.3f}) and Spearman {rho:.3f} (asked {settings.min_spearman}, before "
-            f"{rho_before:.3f}): the former prompts stay"
-        )
+        report["reason"] = _why_not(report, settings)
     return TuneResult(scorer, accepted, report)
 
 
@@ -240,6 +236,20 @@ def _fit_temperature(text_3D: Tensor, held: _Rungs, scale: float) -> float:
     factors = torch.logspace(math.log10(1 / 5), math.log10(5), 101)
     losses = [F.cross_entropy(logits * f, labels, ignore_index=IGNORED).item() for f in factors]
     return 1 / (scale * float(factors[int(np.argmin(losses))]))
+
+
+def _why_not(report: dict[str, Any], settings: PromptSettings) -> str:
+    """Why tuned prompts are not taken, in words.  report: their figures and the former ones'."""
+    now, before = report["accuracy"], report["accuracy_untuned"]
+    rank, rank_before = report["spearman"], report["spearman_untuned"]
+    if before >= 1 - LEAST_GAIN:
+        return f"they name {before:.1%} of held-out exposures rightly already: that cannot rise"
+    too_low = now < settings.min_accuracy or rank < settings.min_spearman
+    return (
+        f"tuned, they name {now:.1%} of held-out exposures rightly, before {before:.1%}, and rank "
+        f"them with {rank:.3f}, before {rank_before:.3f}"
+        + (": less than prompts.min_accuracy or prompts.min_spearman asks for" if too_low else "")
+    )
 
 
 def _figures(scorer: Scorer, held: _Rungs) -> tuple[float, float]:
