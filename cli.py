@@ -357,12 +357,13 @@ def cache_info(
     set_: SetOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Counts, parts, sizes, fingerprints, and what is stale under these settings."""
+    """Sizes, units and what is stale under these settings; --json has fingerprints and arrays."""
     from evenlight.pipeline.store_info import cache_info as run
+    from evenlight.pipeline.store_info import info_text
 
     info = run(store, settings=_read(config, set_))
     if not as_json:
-        print_tree(info)
+        typer.echo(info_text(info))
     emit(info, as_json)
 
 

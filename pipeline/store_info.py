@@ -1,7 +1,8 @@
 """What a store holds and whether it is whole: cache info, cache verify."""
 
 import difflib
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +10,11 @@ from evenlight.cache.errors import EnvironmentLacks, StoreError, UsageError
 from evenlight.cache.schema import Damage
 from evenlight.cache.store import Store
 from evenlight.pipeline.config import Given, known, resolve
+from evenlight.pipeline.console import NAMED
 from evenlight.pipeline.models import priors_named
 from evenlight.pipeline.parts import JUDGE, PARTS, judge_note, sizes
 from evenlight.pipeline.plan import made_by, recorded_plans
+from evenlight.stages.photos.find import without_controls
 from evenlight.stages.priors.fingerprints import of_judge
 
 
@@ -21,7 +24,7 @@ def cache_info(store: str | Path, *, settings: Given = None) -> dict[str, Any]:
     settings: to compare it with, on top of its own.
     """
     with Store.open(store) as source:
-        info = source.info()
+        info = source.info() | {"judge": _judge(source), "stale": {}}
         if not source.index.num_units:
             return info
         settings = resolve(settings, known(source.index.settings))
@@ -29,15 +32,61 @@ def cache_info(store: str | Path, *, settings: Given = None) -> dict[str, Any]:
         for part in PARTS:
             arrays = {array.name: array.describe(letters) for array in part.arrays}
             info["parts"][part.name] |= {"reads": list(part.reads), "arrays": arrays}
-        info["judge"] = _judge(source)
         try:
             makers = made_by(priors_named(settings, info["judge"]["fingerprint"]))
         except EnvironmentLacks as error:
             info["stale"] = f"unknown: {error}"
         else:
-            plans = recorded_plans(source, settings, makers)
-            info["stale"] = {str(plan.unit): plan.reason for plan in plans if plan.todo}
+            todo = [plan for plan in recorded_plans(source, settings, makers) if plan.todo]
+            info["stale"] = {str(plan.unit): plan.reason for plan in todo}
+            for name, about in info["parts"].items():
+                missing = info["units"]["all"] - about["units"]
+                about["stale"] = sum(name in plan.todo for plan in todo) - missing
     return info
+
+
+def info_text(info: Mapping[str, Any]) -> str:
+    """What `cache_info` found, for people: a line per part, then totals."""
+    parts, num_units, photos = info["parts"], info["units"]["all"], info["photos"]
+    known_stale = isinstance(info["stale"], dict)
+    rows = [("part", "size", "units", "stale")]
+    for name, about in parts.items():
+        done = f"{about['units']}/{num_units}"
+        rows.append(
+            (
+                name,
+                human_size(about["bytes"]),
+                done,
+                str(about.get("stale", 0 if known_stale else "?")),
+            )
+        )
+    size = human_size(sum(about["bytes"] for about in parts.values()))
+    stale = len(info["stale"]) if known_stale else "?"
+    rows.append(("total", size, f"{info['units']['complete']}/{num_units}", str(stale)))
+    lines = [f"{name:12}{size:>6}{done:>14}{stale:>8}" for name, size, done, stale in rows]
+    counts = [f"{photos[status]:,} {status}" for status in ("ok", "failed", "waiting")]
+    places = f"; from {', '.join(info['sources'])}" if info["sources"] else ""
+    lines.append(f"photos: {', '.join(counts)}{places}")
+    lines.append(f"judge: {'tuned here' if info['judge']['tuned'] else 'the one that ships'}")
+    reasons = Counter(info["stale"].values()) if known_stale else {}
+    lines += [f"stale: {count} units, {reason}" for reason, count in reasons.items()]
+    lines += [] if known_stale else [f"stale: {info['stale']}"]
+    failed = list(info["failed"].items())
+    lines += [f"failed: {name}: {reason}" for name, reason in failed[:NAMED]]
+    if len(failed) > NAMED:
+        lines.append(f"failed: {len(failed) - NAMED} more, named by --json")
+    return "\n".join(map(without_controls, lines))
+
+
+def human_size(num_bytes: float) -> str:
+    """As `df -h` writes it: 739M, 1.3G."""
+    for unit in "BKMGT":
+        if num_bytes < 1000 or unit == "T":
+            break
+        num_bytes /= 1024
+    return (
+        f"{num_bytes:.1f}{unit}" if num_bytes < 9.95 and unit != "B" else f"{num_bytes:.0f}{unit}"
+    )
 
 
 def cache_verify(store: str | Path, *, repair: bool = False) -> list[Damage]:
