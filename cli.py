@@ -1,18 +1,17 @@
 """The command line: parse, call one function of the pipeline, print, exit with a code."""
 
 import logging
-import signal
 import sys
 from dataclasses import asdict
 from enum import StrEnum
 from pathlib import Path
-from types import FrameType
 from typing import Annotated, Any
 
 import typer
 
 from evenlight import __version__
-from evenlight.cache.errors import EnvironmentLacks, EvenlightError, StoreError, UsageError
+from evenlight.cache.errors import EvenlightError, UsageError
+from evenlight.pipeline import exits
 from evenlight.pipeline.console import (
     emit,
     give_up_stdout,
@@ -26,14 +25,7 @@ from evenlight.pipeline.console import (
 )
 
 log = logging.getLogger("evenlight")
-SOME_FAILED, USAGE, STORE, ENVIRONMENT = 1, 2, 3, 4
 ALL_PHOTOS = ["judge.prior_good=0"]  # a priori no photo is good
-EXIT_CODES: tuple[tuple[type[EvenlightError], int], ...] = (
-    (UsageError, USAGE),
-    (StoreError, STORE),
-    (EnvironmentLacks, ENVIRONMENT),
-    (EvenlightError, SOME_FAILED),
-)
 
 # What click raises, of which newer versions of typer have their own copy.
 BadUsage: type[Exception] = typer.BadParameter.__mro__[1]
@@ -124,7 +116,7 @@ def precompute(
         )
     _finish_run(report, as_json)
     if report.failed:
-        raise typer.Exit(SOME_FAILED)
+        raise typer.Exit(exits.SOME_FAILED)
 
 
 @app.command("tune-clip")
@@ -281,7 +273,7 @@ def correct(
         )
     _finish_run(report, as_json)
     if report.failed:
-        raise typer.Exit(SOME_FAILED)
+        raise typer.Exit(exits.SOME_FAILED)
 
 
 @app.command()
@@ -314,7 +306,7 @@ def report(
     print_failures(made.failed)
     emit(made, as_json)
     if made.failed:
-        raise typer.Exit(SOME_FAILED)
+        raise typer.Exit(exits.SOME_FAILED)
 
 
 @app.command()
@@ -330,9 +322,7 @@ def settings(
     from evenlight.pipeline.settings_list import to_text
 
     rows = run(diff)
-    if not rows:
-        stderr.print("every setting is the default")
-    elif not as_json:
+    if not as_json:
         typer.echo(to_text(rows))
     emit([asdict(row) for row in rows], as_json)
 
@@ -347,7 +337,7 @@ def doctor(as_json: JsonOption = False) -> None:
         print_tree(found)
     emit(found, as_json)
     if found["lacks"]:
-        raise typer.Exit(ENVIRONMENT)
+        raise typer.Exit(exits.ENVIRONMENT)
 
 
 @cache_app.command("info")
@@ -382,7 +372,22 @@ def cache_verify(
         stderr.print(sentence)
     emit([asdict(damage) for damage in damages], as_json)
     if damages and not repair:
-        raise typer.Exit(STORE)
+        raise typer.Exit(exits.STORE)
+
+
+@cache_app.command("show")
+def cache_show(
+    photo: Annotated[str, typer.Argument(help="A photo, as the store names it.")],
+    store: StoreOption,
+    out: Annotated[Path, typer.Option("-o", "--out", help="The picture, a PNG.")],
+    as_json: JsonOption = False,
+) -> None:
+    """All that a store holds of one photo, in one picture."""
+    from evenlight.pipeline.store_picture import cache_show as run
+
+    picture = run(store, photo, out)
+    stderr.print(f"look at {picture}")
+    emit({"picture": picture}, as_json)
 
 
 @cache_app.command("forget")
@@ -401,13 +406,7 @@ def cache_forget(
 
 @weights_app.command("fetch")
 def weights_fetch(
-    name: Annotated[
-        str,
-        typer.Argument(
-            help="FastSAM-s, FastSAM-x, or ViT-B-32-openai (used as clip.model="
-            "ViT-B-32-quickgelu: OpenAI trained with QuickGELU)."
-        ),
-    ],
+    name: Annotated[str, typer.Argument(help="FastSAM-s, FastSAM-x or ViT-B-32-openai.")],
     out: Annotated[Path, typer.Option("-o", "--out", help="Folder for the file.")],
     as_json: JsonOption = False,
 ) -> None:
@@ -434,21 +433,10 @@ def _finish_run(report: Any, as_json: bool) -> None:
     emit(report, as_json)
 
 
-class Stopped(SystemExit):
-    """Ctrl-C or SIGTERM: what is being written is left whole or absent on the way out."""
-
-
-def _stop(number: int, _: FrameType | None) -> None:
-    for stop in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(stop, signal.SIG_DFL)  # a second one ends the process at once
-    raise Stopped(128 + number)
-
-
 def main() -> None:
     """Run the command line and map errors to exit codes."""
     listen(logging.INFO)
-    for stop in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(stop, _stop)
+    exits.stop_on_signals()
     # click gives an option without a value the next word: a photo
     arguments = ["--overwrite=all" if word == "--overwrite" else word for word in sys.argv[1:]]
     as_json = "--json" in arguments
@@ -457,15 +445,17 @@ def main() -> None:
         # typer says what is wrong with the usage and exits 2, but knows no JSON
         raise SystemExit(app(arguments, standalone_mode=not as_json))
     except EvenlightError as error:
-        code = next(code for kind, code in EXIT_CODES if isinstance(error, kind))
+        code = next(code for kind, code in exits.EXIT_CODES if isinstance(error, kind))
         _end(f"evenlight: {error}", code, as_json)
     except MemoryError as error:
-        _end(f"evenlight: this needs more memory than there is ({error})", ENVIRONMENT, as_json)
+        _end(
+            f"evenlight: this needs more memory than there is ({error})", exits.ENVIRONMENT, as_json
+        )
     except BadUsage as error:
-        _end(f"evenlight: {error.format_message()}", USAGE, as_json)  # type: ignore[attr-defined]
+        _end(f"evenlight: {error.format_message()}", exits.USAGE, as_json)  # type: ignore[attr-defined]
     except OSError as error:  # a full disk, say, where nobody knew better
-        _end(f"evenlight: {error}", SOME_FAILED, as_json)
-    except Stopped as stopped:
+        _end(f"evenlight: {error}", exits.SOME_FAILED, as_json)
+    except exits.Stopped as stopped:
         said = "stopped; what is complete is kept: run the same command again to go on"
         _end(f"evenlight: {said}", int(stopped.code or 0), as_json)
 

@@ -25,6 +25,7 @@ from evenlight.pipeline.load import load_predictor
 from evenlight.stages.corrector.predictor import Predictor
 from evenlight.stages.evaluation.baselines import BASELINES, ORACLES, Oracle
 from evenlight.stages.evaluation.metrics import (
+    NO_REFERENCE,
     PROTOCOL,
     Figures,
     agreement,
@@ -97,7 +98,7 @@ class Evaluation:
             lines.append("")
         if lacks := lpips_lacks():
             lines.append(f"LPIPS is not available: it needs {lacks}")
-        return "\n".join([*lines, self.protocol])
+        return "\n".join([*lines, NO_REFERENCE, self.protocol])
 
 
 def evaluate(

@@ -50,6 +50,8 @@ def settings(diff: str | Path | None = None) -> list[SettingRow]:
 
 def to_text(rows: list[SettingRow]) -> str:
     """A line per setting under headings; columns that no row has anything for are left out."""
+    if not rows:
+        return "every setting is the default"
     headings: dict[str, Any] = {name: name for name in SettingRow.__annotations__}
     headings |= {"value": "here", "stale": "makes stale"}
     lines = [headings, *(vars(row) for row in rows)]

@@ -47,6 +47,7 @@ SURFACE = {
     "doctor": {"--json"},
     "cache info": {"-s", "--store", "--config", "--set", "--json"},
     "cache verify": {"-s", "--store", "--repair", "--no-repair", "--json"},
+    "cache show": {"photo", "-s", "--store", "-o", "--out", "--json"},
     "cache forget": {"names", "-s", "--store", "--json"},
     "weights fetch": {"name", "-o", "--out", "--json"},
 }  # fmt: skip

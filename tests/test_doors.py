@@ -15,8 +15,8 @@ import pytest
 from photo_makers import picture
 from PIL import Image
 
-from evenlight import cli
 from evenlight.cache.errors import EnvironmentLacks
+from evenlight.pipeline import exits
 from evenlight.stages.photos.metadata import read_metadata
 from evenlight.stages.priors.fastsam_weights import read_weights
 
@@ -77,8 +77,8 @@ def test_ultralytics_reads_safely_and_keeps_its_settings_out_of_the_home(tmp_pat
 def test_the_first_signal_unwinds_and_the_second_ends_at_once(number, code):
     before = {stop: signal.getsignal(stop) for stop in (signal.SIGINT, signal.SIGTERM)}
     try:
-        with pytest.raises(cli.Stopped) as stopped:
-            cli._stop(number, None)
+        with pytest.raises(exits.Stopped) as stopped:
+            exits._stop(number, None)
         assert stopped.value.code == code
         assert all(signal.getsignal(stop) == signal.SIG_DFL for stop in before)
     finally:

@@ -265,6 +265,7 @@ def test_lpips_is_told_where_alexnet_is_and_else_what_it_lacks(tmp_path, monkeyp
     write_triplets(tmp_path / "set")
     text = evaluate([], [f"triplets:{tmp_path / 'set'}"]).to_text()
     assert f"LPIPS is not available: it needs AlexNet's weights, {tmp_path}/checkpoints/" in text
+    assert "\nNIQE and BRISQUE are not available: libraries that run on this NumPy fetch" in text
     (tmp_path / "checkpoints").mkdir()
     torch.manual_seed(0)
     state = torchvision.models.alexnet().state_dict()

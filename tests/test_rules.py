@@ -30,6 +30,7 @@ IMPORTERS = {
         "stages/priors/fastsam_weights.py",
         "stages/priors/judge.py",
     },
+    "tensorboard": {"stages/corrector/events.py"},
     "torchmetrics": {"stages/evaluation/metrics.py"},
     "skimage": {"stages/evaluation/metrics.py"},
     "distributed": {"pipeline/schedule.py"},

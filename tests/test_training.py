@@ -366,6 +366,31 @@ def test_what_is_refused_leaves_the_settings_of_the_run_as_they_were(uninterrupt
     assert (out / "settings.toml").read_text() == "[train]"
 
 
+def test_tensorboard_shows_the_log_of_a_resumed_run_where_it_is_installed(
+    uninterrupted, tmp_path, monkeypatch
+):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    out = tmp_path / "resumed"
+    shutil.copytree(uninterrupted[1][6], out)
+    run(out)
+    shown = EventAccumulator(str(out))
+    shown.Reload()
+    lines = log_lines(uninterrupted[0])
+    for tag, figure in (
+        ("loss", lambda line: line["loss"]),
+        ("parts.data", lambda line: line["parts"]["data"]),
+        ("validation_psnr", lambda line: line["validation_psnr"]),
+    ):
+        wanted = [(x["step"], figure(x)) for x in lines if tag.split(".")[0] in x]
+        found = [(event.step, event.value) for event in shown.Scalars(tag)]
+        assert found == [(step, pytest.approx(value, rel=1e-6)) for step, value in wanted]
+
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    run(tmp_path / "without", with_train(steps=1))
+    assert list((tmp_path / "without").glob("events*")) == []
+
+
 @pytest.mark.parametrize("again", [False, True], ids=["gone", "taken by another run"])
 @pytest.mark.parametrize("log_every", [1, 100], ids=["seen by the log", "seen by a checkpoint"])
 def test_a_run_whose_folder_vanishes_ends_and_writes_into_no_other(tmp_path, again, log_every):

@@ -21,6 +21,7 @@ from evenlight.stages.corrector.checkpoint import (
     load_latest,
     save_checkpoint,
 )
+from evenlight.stages.corrector.events import events
 from evenlight.stages.corrector.losses import START_WEIGHTS, Calibration
 from evenlight.stages.corrector.network import Corrector
 from evenlight.stages.settings import Settings, TrainSettings
@@ -231,7 +232,7 @@ def choices_of(settings: Settings) -> dict[str, Any]:
 
 
 class RunLog:
-    """JSON lines, one per record; on resume the lines of steps that will be done again go."""
+    """JSON lines, one per record, and events; on resume those of steps to be done again go."""
 
     def __init__(self, run: Run, steps: int, on_progress: Progress) -> None:
         self.lock, self.steps, self.on_progress = run.lock, steps, on_progress
@@ -243,14 +244,20 @@ class RunLog:
                 log.warning("%s: damaged lines are dropped (%d)", self.path, damaged)
             kept = (x for x in lines if (at := steps_of[x]) is not None and at <= run.step)
             atomic_write(self.path, b"".join(kept))
+        self.events = events(run.folder, run.step)
+        if self.events:
+            log.info("TensorBoard: tensorboard --logdir %s", run.folder)
 
     def __call__(self, step: int, record: dict[str, Any]) -> None:
         record = {"step": step} | record
         self.lock.confirm()
         with self.path.open("a") as file:
             file.write(json.dumps(record) + "\n")
-        told = [f"{name} {value:.4g}" for name, value in _flat(record) if name != "step"]
-        log.debug("step %d: %s", step, ", ".join(told))
+        figures = {name: value for name, value in _flat(record) if name != "step"}
+        if self.events:
+            self.events.add(step, figures)
+        told = ", ".join(f"{name} {value:.4g}" for name, value in figures.items())
+        log.debug("step %d: %s", step, told)
         self.on_progress(step, self.steps, record)
 
 

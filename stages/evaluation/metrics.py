@@ -50,6 +50,11 @@ PROTOCOL = (
     "change to noise)"
 )
 
+NO_REFERENCE = (
+    "NIQE and BRISQUE are not available: libraries that run on this NumPy fetch their models from "
+    "the network, which evenlight does not (docs/results.md)"
+)
+
 
 def figure(heading: str, decimals: int = 2, default: Any = math.nan) -> Any:
     """A field of Figures, and how tables show it."""

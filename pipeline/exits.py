@@ -1,0 +1,30 @@
+"""How commands end: exit codes, and the signals that stop them."""
+
+import signal
+from types import FrameType
+
+from evenlight.cache.errors import EnvironmentLacks, EvenlightError, StoreError, UsageError
+
+SOME_FAILED, USAGE, STORE, ENVIRONMENT = 1, 2, 3, 4
+EXIT_CODES: tuple[tuple[type[EvenlightError], int], ...] = (
+    (UsageError, USAGE),
+    (StoreError, STORE),
+    (EnvironmentLacks, ENVIRONMENT),
+    (EvenlightError, SOME_FAILED),
+)
+
+
+class Stopped(SystemExit):
+    """Ctrl-C or SIGTERM: what is being written is left whole or absent on the way out."""
+
+
+def stop_on_signals() -> None:
+    """Make the first SIGINT or SIGTERM raise Stopped, and the second end the process."""
+    for stop in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(stop, _stop)
+
+
+def _stop(number: int, _: FrameType | None) -> None:
+    for stop in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(stop, signal.SIG_DFL)  # a second one ends the process at once
+    raise Stopped(128 + number)
