@@ -1,5 +1,6 @@
 """The command line: parse, call one function of the pipeline, print, exit with a code."""
 
+import contextlib
 import logging
 import sys
 from dataclasses import asdict
@@ -25,7 +26,6 @@ from evenlight.pipeline.console import (
 )
 
 log = logging.getLogger("evenlight")
-ALL_PHOTOS = ["judge.prior_good=0"]  # a priori no photo is good
 
 # What click raises, of which newer versions of typer have their own copy.
 BadUsage: type[Exception] = typer.BadParameter.__mro__[1]
@@ -251,7 +251,7 @@ def correct(
     """Correct photos of any size; inputs are never touched."""
     if as_json and str(out) == "-":
         raise UsageError("stdout takes one of -o - and --json")
-    overrides = [*(set_ or []), *(ALL_PHOTOS if everything else [])]
+    overrides = [*(set_ or []), *(["judge.prior_good=0"] if everything else [])]
     overrides += [f'run.device="{device}"'] if device else []
     with watched(quiet, verbose) as on_progress:
         log.info("looking for photos")
@@ -446,24 +446,22 @@ def main() -> None:
         raise SystemExit(app(arguments, standalone_mode=not as_json))
     except EvenlightError as error:
         code = next(code for kind, code in exits.EXIT_CODES if isinstance(error, kind))
-        _end(f"evenlight: {error}", code, as_json)
+        _end(str(error), code, as_json)
     except MemoryError as error:
-        _end(
-            f"evenlight: this needs more memory than there is ({error})", exits.ENVIRONMENT, as_json
-        )
+        _end(f"this needs more memory than there is ({error})", exits.ENVIRONMENT, as_json)
     except BadUsage as error:
-        _end(f"evenlight: {error.format_message()}", exits.USAGE, as_json)  # type: ignore[attr-defined]
+        _end(error.format_message(), exits.USAGE, as_json)  # type: ignore[attr-defined]
     except OSError as error:  # a full disk, say, where nobody knew better
-        _end(f"evenlight: {error}", exits.SOME_FAILED, as_json)
+        _end(str(error), exits.SOME_FAILED, as_json)
     except exits.Stopped as stopped:
         said = "stopped; what is complete is kept: run the same command again to go on"
-        _end(f"evenlight: {said}", int(stopped.code or 0), as_json)
+        _end(said, int(stopped.code or 0), as_json)
 
 
 def _end(sentence: str, code: int, as_json: bool) -> None:
     with contextlib.suppress(OSError):  # stderr or stdout is what failed
-        stderr.print(sentence)
-        emit({"error": sentence.removeprefix("evenlight: "), "exit": code}, as_json)
+        stderr.print(f"evenlight: {sentence}")
+        emit({"error": sentence, "exit": code}, as_json)
     give_up_stdout()
     raise SystemExit(code) from None
 

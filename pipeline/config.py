@@ -135,7 +135,9 @@ def known(recorded: Mapping[str, Any]) -> dict[str, Any]:
         try:
             _sections({key: value})
         except UsageError as error:
-            log.warning("a setting recorded there is of another version of evenlight: %.200s", error)
+            log.warning(
+                "a setting recorded there is of another version of evenlight: %.200s", error
+            )
         else:
             found[key] = value
     return found
