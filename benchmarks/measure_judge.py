@@ -25,10 +25,11 @@ from evenlight.pipeline.evaluate import open_case
 from evenlight.pipeline.models import load_models
 from evenlight.stages.evaluation.sets import list_cases
 from evenlight.stages.photos.canvas import working
-from evenlight.stages.priors import judge as judging
+from evenlight.stages.priors import opinion as judging
 from evenlight.stages.priors import tone
-from evenlight.stages.priors.judge import Judge, Opinion
+from evenlight.stages.priors.judge import Judge
 from evenlight.stages.priors.ladder import embed_ladder
+from evenlight.stages.priors.opinion import Opinion
 from evenlight.stages.settings import Settings
 from recipes.clip_lite0.photos import image_files
 from recipes.judge.photos import split_of
@@ -128,7 +129,7 @@ def row(name: str, cases: list[Case]) -> str:
 def calibration(cases: list[Case]) -> str:
     """How often the best strength lies in the middle of the distribution that should hold it so
     often."""
-    strengths = judging.STRENGTHS.numpy()
+    strengths = judging.STRENGTHS
     places = np.array(
         [np.interp(case.best, strengths + 0.05, case.opinion.p_S.cumsum()) for case in cases]
     )

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from PIL import Image, ImageOps
 
 from evenlight.cache.errors import EvenlightError, PhotoError, UsageError
@@ -28,8 +27,9 @@ from evenlight.pipeline.outputs import (
     refuse_strength,
     stat_of,
 )
+from evenlight.stages.arrays import namespace
 from evenlight.stages.corrector.apply import Maps, apply_maps
-from evenlight.stages.corrector.network import lost
+from evenlight.stages.corrector.correction import lost
 from evenlight.stages.corrector.predictor import Predictor
 from evenlight.stages.photos.colour import srgb_light
 from evenlight.stages.photos.decode import MIN_SIDE, Photo, decode
@@ -102,9 +102,18 @@ def correct(
 
 
 @functools.lru_cache(maxsize=1)
-def predictor_of(model: str | None, settings: str) -> Predictor:
-    """The corrector, loaded once in a process.  settings: changes, as JSON."""
-    return load_predictor(model, settings=json.loads(settings))
+def predictor_of(
+    model: str | None, settings: str, runtime: str = "torch", workers: int = 1
+) -> Predictor:
+    """The corrector, loaded once in a process.  settings: changes, as JSON.  workers: processes,
+    of which this is one."""
+    threads = 1 if workers > 1 else 0  # workers are the parallelism; more threads only wait
+    if threads and runtime == "torch":
+        import torch
+
+        torch.set_num_threads(threads)
+    given = json.loads(settings)
+    return load_predictor(model, settings=given, runtime=runtime, threads=threads)
 
 
 def correct_job(job: Job, model: str | None, settings: str, options: Options, how: str) -> Outcome:
@@ -113,9 +122,8 @@ def correct_job(job: Job, model: str | None, settings: str, options: Options, ho
     What is wrong with the photo, or with the name of its output, is the outcome's reason.  Raises
     CannotWrite for what would meet every output.
     """
-    if options.workers > 1:
-        torch.set_num_threads(1)  # workers are the parallelism; more threads only wait
-    predictor, mark = predictor_of(model, settings), {"how": how}
+    predictor = predictor_of(model, settings, options.runtime, options.workers)
+    mark = {"how": how}
     try:
         with one_photo():
             data, outcome = _made(job, predictor, options, mark)
@@ -220,9 +228,10 @@ def _mean_light(pixels_HW3: np.ndarray) -> float:
 
 def _filled(seen_HW3: np.ndarray, maps: Maps) -> float:
     """Share of the photo whose lost highlights the network fills.  seen: uint8."""
-    photo = to_float(seen_HW3)
+    xp = namespace(maps.fill)
+    photo = to_float(seen_HW3, xp)
     cover = resize(maps.fill[:, :1], *photo.shape[2:])
-    return float((lost(photo).amax(1, keepdim=True) * cover.abs()).mean())
+    return float((xp.amax(lost(photo), 1) * abs(cover[:, 0])).mean())
 
 
 def _opened(photo: np.ndarray | Image.Image | str | Path) -> Photo:

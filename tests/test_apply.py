@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from evenlight.stages.corrector import apply
-from evenlight.stages.corrector.network import Correction, correct
+from evenlight.stages.corrector.correction import Correction, correct
 from evenlight.stages.photos.canvas import working
 from evenlight.stages.pixels import luma, to_bytes, to_float
 from evenlight.stages.priors import tone

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from evenlight.cache.errors import UsageError
-from evenlight.stages.priors import fastsam
+from evenlight.stages.priors import fastsam, segmenting
 from evenlight.stages.priors.fastsam import load_network, load_segmenter
 from evenlight.stages.settings import RegionSettings
 from evenlight.stages.weights import shipped
@@ -43,11 +43,12 @@ def test_the_network_is_run_and_decoded_as_ultralytics_does(segmenter):
     many = fastsam.FastSAM(load_network(SHIPPED), RegionSettings(confidence=0.003), "0" * 64)
     with torch.no_grad():
         (decoded, proto), _ = network(photo)
-        ours = many._detections(many._run(photo, 21), 128, 160)
+        _, found, *rest = many.boxes(photo)
+    ours = segmenting.snapped(found, 128, 160), *rest
     assert torch.allclose(segmenter.features(photo)[0], proto, atol=1e-4)
     x, y, w, h, score = decoded[0, :5]
     boxes = torch.stack([x - w / 2, y - h / 2, x + w / 2, y + h / 2], 1)
-    boxes = fastsam._snapped(boxes, 128, 160)
+    boxes = segmenting.snapped(boxes, 128, 160)
     assert len(ours[0]) > 8
     for box, ours_score, coefficients in zip(*ours, strict=True):
         near = (boxes - box).abs().amax(1) + (score - ours_score).abs()
@@ -104,7 +105,7 @@ def test_masks_follow_the_interpolated_prototypes_inside_their_boxes():
     proto = torch.randn(32, 16, 24, generator=generator)
     coefficients = torch.randn(3, 32, generator=generator)
     boxes = torch.tensor([[0.0, 0.0, 96.0, 64.0], [13.2, 7.7, 61.0, 42.4], [50.0, 4.0, 96.0, 64.0]])
-    masks = fastsam._masks(proto, coefficients, boxes)
+    masks = segmenting.masks(proto, coefficients, boxes)
     logits = torch.einsum("kc,chw->khw", coefficients, proto)[None]
     full = torch.nn.functional.interpolate(logits, (32, 48), mode="bilinear")[0].sigmoid()
     inside = torch.zeros(3, 32, 48)
@@ -116,7 +117,7 @@ def test_masks_follow_the_interpolated_prototypes_inside_their_boxes():
 def test_boxes_that_end_near_the_frame_reach_it():
     boxes = torch.tensor([[2.0, 30.0, 99.0, 50.0], [-5.0, 1.0, 60.0, 47.0]])
     expected = torch.tensor([[0.0, 30.0, 100.0, 50.0], [0.0, 0.0, 60.0, 47.0]])
-    assert torch.equal(fastsam._snapped(boxes, 50, 100), expected)
+    assert torch.equal(segmenting.snapped(boxes, 50, 100), expected)
 
 
 def test_a_photo_without_any_object_is_one_region():

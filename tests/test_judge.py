@@ -15,8 +15,9 @@ from evenlight.pipeline.models import load_models
 from evenlight.stages.photos.canvas import working
 from evenlight.stages.pixels import to_bytes, to_float
 from evenlight.stages.priors import judge, tone
-from evenlight.stages.priors.judge import STRENGTHS, Judge, Opinion, decide
+from evenlight.stages.priors.judge import STRENGTHS, Judge
 from evenlight.stages.priors.ladder import embed_ladder
+from evenlight.stages.priors.opinion import MOST_DARKENING, Opinion, decide
 from evenlight.stages.priors.tones import PERCENTILES, tones
 from evenlight.stages.settings import LadderSettings, PseudoGTSettings, Settings
 
@@ -184,7 +185,7 @@ def test_an_object_on_white_is_hardly_darkened_whatever_the_heads_say(clip, monk
     sure = torch.full((1, len(STRENGTHS)), -50.0)
     sure[0, 10] = 50.0  # much too bright
     monkeypatch.setattr(judge.Head, "forward", lambda self, seen: (sure, torch.tensor([-50.0])))
-    assert strength(clip, photo) == pytest.approx(judge.MOST_DARKENING, abs=0.03)
+    assert strength(clip, photo) == pytest.approx(MOST_DARKENING, abs=0.03)
     below = photo.copy()
     below[112:] = 120  # dark ground below a blown sky: no object on white
     half = photo.copy()

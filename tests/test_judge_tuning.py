@@ -10,7 +10,7 @@ from evenlight.pipeline.demo import PHOTOS, installed_photo
 from evenlight.pipeline.models import load_models
 from evenlight.stages.photos.canvas import working
 from evenlight.stages.pixels import to_bytes, to_float
-from evenlight.stages.priors import judge, judge_tuning, tone
+from evenlight.stages.priors import judge_tuning, opinion, tone
 from evenlight.stages.priors.judge import Judge
 from evenlight.stages.priors.judge_tuning import Cached, tune
 from evenlight.stages.priors.ladder import embed_ladder
@@ -105,5 +105,5 @@ def test_a_rung_taken_for_a_photo_is_asked_about_itself(cached):
     seen = photos.seen(torch.tensor([2]), torch.tensor([rung]))
     assert seen.given[0, 0] == 0 and seen.rule[0] == pytest.approx(-0.4, abs=1e-5)
     assert torch.equal(seen.embeddings[0, 0], photos.embeddings[2, rung])
-    expected = [OFFSETS[k] - 0.4 for k in judge.asked(OFFSETS)]
+    expected = [OFFSETS[k] - 0.4 for k in opinion.asked(OFFSETS)]
     assert seen.given[0, 1:].tolist() == pytest.approx(expected, abs=1e-5)

@@ -8,14 +8,8 @@ from torch import Tensor
 
 from evenlight.cache.errors import UsageError
 from evenlight.stages.corrector.blocks import SpatialMamba
-from evenlight.stages.corrector.network import (
-    MAX_OFFSET,
-    MAX_RESIDUAL,
-    Correction,
-    Corrector,
-    correct,
-    lost,
-)
+from evenlight.stages.corrector.correction import Correction, correct, lost
+from evenlight.stages.corrector.network import MAX_OFFSET, MAX_RESIDUAL, Corrector
 from evenlight.stages.priors import tone
 from evenlight.stages.settings import SIZES, NetworkSettings
 

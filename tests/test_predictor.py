@@ -13,7 +13,8 @@ from evenlight.cache.errors import EvenlightError, PhotoError, UsageError
 from evenlight.pipeline.load import load_predictor
 from evenlight.stages.pixels import luma, to_float
 from evenlight.stages.priors import tone
-from evenlight.stages.priors.judge import STRENGTHS, Opinion
+from evenlight.stages.priors.judge import STRENGTHS
+from evenlight.stages.priors.opinion import Opinion
 
 
 @pytest.fixture(scope="module")

@@ -31,6 +31,7 @@ IMPORTERS = {
         "stages/priors/judge.py",
     },
     "tensorboard": {"stages/corrector/events.py"},
+    "onnxruntime": {"stages/runtime.py"},
     "torchmetrics": {"stages/evaluation/metrics.py"},
     "skimage": {"stages/evaluation/metrics.py"},
     "distributed": {"pipeline/schedule.py"},
@@ -178,8 +179,9 @@ def test_importing_evenlight_imports_nothing_heavy():
 
 
 def test_the_first_use_of_a_name_imports_what_it_needs():
-    found = run_python(f"import sys, evenlight; evenlight.Predictor; print({HEAVY})")
-    assert "'torch'" in found
+    for name, torch_too in (("Predictor", False), ("precompute", True)):
+        found = run_python(f"import sys, evenlight; evenlight.{name}; print({HEAVY})")
+        assert "'numpy'" in found and ("'torch'" in found) == torch_too
 
 
 def test_every_public_name_is_there_and_no_other():

@@ -9,7 +9,8 @@ from torch.nn import functional as F
 
 from evenlight.stages.pixels import luma, to_float
 from evenlight.stages.priors import tone
-from evenlight.stages.priors.judge import STRENGTHS, Opinion
+from evenlight.stages.priors.judge import STRENGTHS
+from evenlight.stages.priors.opinion import Opinion
 from evenlight.stages.priors.protocols import Regions
 from evenlight.stages.priors.tones import PERCENTILES
 

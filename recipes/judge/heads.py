@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from evenlight.stages.pixels import to_float
-from evenlight.stages.priors import judge, tone
+from evenlight.stages.priors import judge, opinion, tone
 from evenlight.stages.priors.clip import Clip
 from evenlight.stages.priors.judge_tuning import SPREAD, soft
 from evenlight.stages.priors.ladder import region_crop
@@ -42,7 +42,7 @@ def embedded(clip: Clip, images: list[np.ndarray]) -> np.ndarray:
 
 
 def on_curve(photo: np.ndarray, strength: float) -> np.ndarray:
-    curve = tone.apply(judge.FAMILY, torch.arange(256) / 255, strength)
+    curve = tone.apply(opinion.FAMILY, torch.arange(256) / 255, strength)
     return cv2.LUT(photo, (curve.numpy() * 255).round().astype(np.uint8))
 
 
@@ -53,7 +53,7 @@ def rule_of(photo: np.ndarray) -> float:
 def seen_row(photo: np.ndarray, strength: float) -> tuple[list[np.ndarray], dict[str, np.ndarray]]:
     """The images that the tower must see, and the numbers of one draw."""
     rule = rule_of(photo)
-    given = [0.0, *(rule + offset for offset in judge.ASKED)]
+    given = [0.0, *(rule + offset for offset in opinion.ASKED)]
     images = [photo, *(on_curve(photo, t) for t in given[1:])]
     return images, {
         "tones": np.stack([tones_of(image) for image in images]),
@@ -96,7 +96,7 @@ def region_rows(
     small = cv2.resize(shot, (tower.SIZE, tower.SIZE), interpolation=cv2.INTER_AREA)
     images = [on_curve(small, rule)]
     for label in regions:
-        crop = region_crop(ruled, torch.from_numpy(labels == label), tower.SIZE)
+        crop = region_crop(ruled, labels == label, tower.SIZE)
         images.append((crop[0].permute(1, 2, 0).numpy() * 255).round().astype(np.uint8))
     embeddings = embedded(clip, images)
     photo_tones = tones_of(small)

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from evenlight.stages.pixels import to_bytes, to_float
-from evenlight.stages.priors import judge, tone
+from evenlight.stages.priors import judge, opinion, tone
 from evenlight.stages.priors.judge_tuning import SPREAD, soft
 from evenlight.stages.priors.ladder import region_crop
 from evenlight.stages.priors.tones import tones as tones_of
@@ -147,7 +147,7 @@ def region_and_strength(data: Data, rng: np.random.Generator) -> tuple[np.ndarra
         large = chosen or [int(r) + 1 for r in np.flatnonzero(areas > 0.02)]
         if large:
             mask = labels == int(rng.choice(large))
-            crop = region_crop(to_float(shot), torch.from_numpy(mask), SIZE)
+            crop = region_crop(to_float(shot), mask, SIZE)
             strength = photos.strength_to(shot[mask], photo[mask])
             return to_bytes(crop).numpy(), float(np.clip(strength, -LIMIT, LIMIT)), ""
 
@@ -167,7 +167,7 @@ def sample(data: Data, rng: np.random.Generator) -> Sample:
         given = float(np.clip(given, -2.8, 2.8))
     image = photo
     if given:
-        curve = tone.apply(judge.FAMILY, torch.arange(256) / 255, given)
+        curve = tone.apply(opinion.FAMILY, torch.arange(256) / 255, given)
         image = cv2.LUT(photo, (curve.numpy() * 255).round().astype(np.uint8))
     missing = float(np.clip(strength - given, -LIMIT, LIMIT))
     tones = tones_of(photo)

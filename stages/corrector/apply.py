@@ -9,17 +9,17 @@ lifted (grain.py).  The cost per pixel is constant and memory is bounded by the 
 # H W full-size pixels, h w working-size pixels
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
-import torch
-from torch import Tensor
-from torch.nn import functional as F
 
+from evenlight.stages.arrays import Array, from_numpy, like, namespace, to_numpy
 from evenlight.stages.corrector import grain
-from evenlight.stages.corrector.network import Correction, correct
-from evenlight.stages.pixels import coefficients, luma
+from evenlight.stages.corrector.correction import Correction, correct
+from evenlight.stages.pixels import coefficients, enlarged, luma
 
 STRIP_PIXELS = 2**20
+NUMPY_STRIP = 2**18  # its maps, one after the other, take .6 of the time of the larger ones
 GUIDE_RADIUS = 4  # working-size pixels
 GUIDE_EPS = 1e-3
 LIFTED = 0.5  # strength of the photo from which on all grain is taken out, below in proportion
@@ -33,18 +33,19 @@ class Maps:
     per RGB channel, 3-5 the residual.  fill: 1,4,h,w; cover, then the shift per RGB channel.
     """
 
-    whole: Tensor
-    a: Tensor
-    b: Tensor
-    fill: Tensor
+    whole: Array
+    a: Array
+    b: Array
+    fill: Array
     family: str
 
 
-def fit_maps(photo_13hw: Tensor, correction: Correction, family: str) -> Maps:
+def fit_maps(photo_13hw: Array, correction: Correction, family: str) -> Maps:
     """What is carried up of the correction of one photo at the working size."""
-    guided = torch.cat([correction.strength_B3HW, correction.residual_B3HW], 1)
+    xp = namespace(photo_13hw)
+    guided = xp.concat([correction.strength_B3HW, correction.residual_B3HW], 1)
     a, b = coefficients(luma(photo_13hw), guided, radius=GUIDE_RADIUS, eps=GUIDE_EPS)
-    fill = torch.cat([correction.cover_B1HW, correction.shift_B3HW], 1)
+    fill = xp.concat([correction.cover_B1HW, correction.shift_B3HW], 1)
     return Maps(whole=correction.whole_B, a=a, b=b, fill=fill, family=family)
 
 
@@ -55,45 +56,46 @@ def apply_maps(pixels_HW3: np.ndarray, maps: Maps, strength: float = 1.0) -> np.
     """
     height, width = pixels_HW3.shape[:2]
     out = np.empty_like(pixels_HW3)
-    rows = max(1, STRIP_PIXELS // width)
-    share = min(1.0, strength * float(maps.whole) / LIFTED)
+    rows = max(1, (NUMPY_STRIP if namespace(maps.a) is np else STRIP_PIXELS) // width)
+    share = min(1.0, strength * maps.whole.item() / LIFTED)
     deviation = grain.grain_of(pixels_HW3) if share > 0 else 0.0
     for top in range(0, height, rows):
         strip = slice(top, min(top + rows, height))
-        rgb = _calm_strip(pixels_HW3, strip, deviation, share)
+        rgb = _calm_strip(pixels_HW3, strip, deviation, share, namespace(maps.a))
         out[strip] = _corrected_strip(rgb, strip, height, maps, strength, pixels_HW3.dtype)
     return out
 
 
-def _calm_strip(pixels: np.ndarray, strip: slice, deviation: float, share: float) -> Tensor:
-    """Rows `strip` of the photo, 1,3,rows,W in [0, 1], without grain of that deviation."""
+def _calm_strip(pixels: np.ndarray, strip: slice, deviation: float, share: float, xp: Any) -> Array:
+    """Rows `strip` of the photo, 1,3,rows,W in [0, 1] of xp, without grain of that deviation."""
     reach = grain.REACH if deviation else 0
     top = max(0, strip.start - reach)
     values = pixels[top : strip.stop + reach].astype(np.float32) / np.iinfo(pixels.dtype).max
     if deviation:
         values = grain.smoothed(values, deviation, share)
     values = values[strip.start - top :][: strip.stop - strip.start]
-    return torch.from_numpy(values).permute(2, 0, 1)[None]
+    return xp.moveaxis(from_numpy(values, xp), 2, 0)[None]
 
 
 def _corrected_strip(
-    rgb: Tensor, strip: slice, height: int, maps: Maps, strength: float, dtype: np.dtype
+    rgb: Array, strip: slice, height: int, maps: Maps, strength: float, dtype: np.dtype
 ) -> np.ndarray:
+    xp = namespace(rgb)
     a, b, fill = (_strip_of(x, strip, height, rgb.shape[3]) for x in (maps.a, maps.b, maps.fill))
-    t, residual = (a * luma(rgb) + b).split(3, 1)
-    correction = Correction(maps.whole, t, fill[:, :1], fill[:, 1:], residual)
+    lines = a * luma(rgb) + b
+    correction = Correction(maps.whole, lines[:, :3], fill[:, :1], fill[:, 1:], lines[:, 3:])
     corrected = correct(rgb, correction.scaled(strength), maps.family)
-    scaled = (corrected[0].permute(1, 2, 0).clamp(0, 1) * np.iinfo(dtype).max).round()
-    return scaled.numpy().astype(dtype)
+    scaled = xp.clip(xp.moveaxis(corrected[0], 0, 2), 0, 1) * np.iinfo(dtype).max
+    return to_numpy(xp.round(scaled)).astype(dtype)
 
 
-def _strip_of(low_1Chw: Tensor, strip: slice, height: int, width: int) -> Tensor:
+def _strip_of(low_1Chw: Array, strip: slice, height: int, width: int) -> Array:
     """Rows `strip` of a map bilinearly enlarged to height x width, without the other rows."""
-    source_rows = low_1Chw.shape[2]
-    position = (torch.arange(strip.start, strip.stop) + 0.5) * (source_rows / height) - 0.5
-    position = position.clamp(0, source_rows - 1)
-    upper = position.floor().long()
-    lower = (upper + 1).clamp(max=source_rows - 1)
-    share = (position - upper).view(1, 1, -1, 1)
+    xp, source_rows = namespace(low_1Chw), low_1Chw.shape[2]
+    position = xp.arange(strip.start, strip.stop, dtype=xp.float32) + 0.5
+    position = xp.clip(position * (source_rows / height) - 0.5, 0, source_rows - 1)
+    upper = np.floor(to_numpy(position)).astype(int)
+    lower = np.minimum(upper + 1, source_rows - 1)
+    share = (position - like(upper, position)).reshape(1, 1, -1, 1)
     rows = low_1Chw[:, :, upper] * (1 - share) + low_1Chw[:, :, lower] * share
-    return F.interpolate(rows, (rows.shape[2], width), mode="bilinear", align_corners=False)
+    return enlarged(rows, rows.shape[2], width)

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from evenlight.stages.corrector.camera import Camera, mis_exposed
-from evenlight.stages.corrector.network import lost
+from evenlight.stages.corrector.correction import lost
 from evenlight.stages.pixels import box_mean, luma
 from evenlight.stages.priors import tone
 

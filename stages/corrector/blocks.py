@@ -103,11 +103,54 @@ class Frequency(nn.Module):
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
         x_BCHW = self.enter(x_BCHW)
+        if torch.compiler.is_exporting():
+            fourier = Fourier(*x_BCHW.shape[2:])
+            return fourier.inverse(*self._mixed(*fourier.forward(x_BCHW)))
         with torch.autocast(x_BCHW.device.type, enabled=False):
             spectrum = torch.fft.rfft2(x_BCHW.float(), norm="ortho")
-            parts = torch.cat([spectrum.real, spectrum.imag], dim=1)
-            real, imag = (x.contiguous() for x in (parts + self.mix(parts)).chunk(2, dim=1))
+            real, imag = (x.contiguous() for x in self._mixed(spectrum.real, spectrum.imag))
             return torch.fft.irfft2(torch.complex(real, imag), s=x_BCHW.shape[2:], norm="ortho")
+
+    def _mixed(self, real: Tensor, imag: Tensor) -> tuple[Tensor, Tensor]:
+        parts = torch.cat([real, imag], dim=1)
+        real, imag = (parts + self.mix(parts)).chunk(2, dim=1)
+        return real, imag
+
+
+class Fourier:
+    """rfft2 and irfft2 (norm "ortho") as matrix products, as ONNX can say them for any size.
+
+    height, width: of the map.  Half spectra are pairs (real, imag), B,C,H,W//2+1.
+    """
+
+    def __init__(self, height: int, width: int) -> None:
+        self.cos_H, self.sin_H = _waves(height, height)
+        self.cos_W, self.sin_W = _waves(width // 2 + 1, width)
+        column = torch.arange(width // 2 + 1)
+        alone = (column == 0) | (2 * column == width)  # the others stand for their mirror image too
+        self.times_W = torch.where(alone, 1.0, 2.0)[:, None]
+
+    def forward(self, x_BCHW: Tensor) -> tuple[Tensor, Tensor]:
+        real, imag = x_BCHW @ self.cos_W.T, -(x_BCHW @ self.sin_W.T)
+        return (
+            self.cos_H @ real + self.sin_H @ imag,
+            self.cos_H @ imag - self.sin_H @ real,
+        )
+
+    def inverse(self, real: Tensor, imag: Tensor) -> Tensor:
+        real, imag = (
+            self.cos_H @ real - self.sin_H @ imag,
+            self.cos_H @ imag + self.sin_H @ real,
+        )
+        return real @ (self.cos_W * self.times_W) - imag @ (self.sin_W * self.times_W)
+
+
+def _waves(count: int, length: int) -> tuple[Tensor, Tensor]:
+    """cos and sin of 2 pi k t / length, over sqrt(length): k from 0 to count, t to length."""
+    k, t = torch.arange(count)[:, None], torch.arange(length)
+    size = torch.ones_like(t).sum()  # a tensor: a number would become a constant of the export
+    angle = (2 * math.pi) * ((k * t) % size).float() / size
+    return angle.cos() / size.sqrt(), angle.sin() / size.sqrt()
 
 
 class SpatialMamba(nn.Module):

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from evenlight.stages.corrector.batches import Batch
-from evenlight.stages.corrector.network import lost
+from evenlight.stages.corrector.correction import lost
 from evenlight.stages.pixels import luma
 from evenlight.stages.settings import LossSettings
 

@@ -8,64 +8,28 @@ zero-initialised layers.
 
 # B batch, C channels, H W pixels of the photo, h w of a feature map
 
-from typing import NamedTuple, Self, TypeVar
+from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from evenlight.stages.corrector.blocks import SIMR, Pointwise
-from evenlight.stages.pixels import luma
+from evenlight.stages.corrector.correction import Correction, lost
+from evenlight.stages.corrector.inputs import padded
+from evenlight.stages.pixels import fit, luma
 from evenlight.stages.priors import tone
 from evenlight.stages.settings import SIZES, NetworkSettings
 
 MAX_OFFSET = 1.6  # how far the strength of a pixel may lie from the photo's
 MAX_SHIFT = 1.0  # of a fill's colour from the grey that the curve makes of white
 MAX_RESIDUAL = (0.06, 0.2)  # in light and in the dark, where noise is lifted
-LOST_FROM, LOST_TO = 0.88, 0.995  # values that clipping may have taken: from none to all of it
 PROTO_CHANNELS = 32  # FastSAM mask prototypes
 SEEN = 9  # planes that the tone head's network sees: photo, toned photo, what is lost
 # Before the tanh: offset moves slowly, lest training starts with photos too dark or too bright; the
 # cover fast, since it is to be near 0 or 1.
 GAINS = (0.3, 0.3, 0.3, 5.0, 0.5, 0.5, 0.5)
 Layer = TypeVar("Layer", bound=nn.Conv2d)
-
-
-class Correction(NamedTuple):
-    """What the corrector answers, float32 at the size of the photo.
-
-    Only photos that are darkened are filled: cover and shift are 0 where whole >= 0.
-    """
-
-    # strength of the photo, the judge's; 0 for the residual head
-    whole_B: Tensor  # noqa: N815
-    # strength of each pixel and channel, within MAX_OFFSET of the photo's
-    strength_B3HW: Tensor  # noqa: N815
-    # how far the fill hides what the curve leaves of a lost pixel, -1 to 1
-    cover_B1HW: Tensor  # noqa: N815
-    # of the fill's colour, from the grey that the curve makes of white
-    shift_B3HW: Tensor  # noqa: N815
-    # added at the end; within MAX_RESIDUAL for the tone head
-    residual_B3HW: Tensor  # noqa: N815
-
-    def scaled(self, share: float) -> Self:
-        """So much of it: 0 changes nothing."""
-        return type(self)(*(share * part for part in self))
-
-
-def lost(photo: Tensor) -> Tensor:
-    """How much of each value clipping may have taken: 0 up to .88, 1 from .995.  Same shape."""
-    share = ((photo - LOST_FROM) / (LOST_TO - LOST_FROM)).clamp(0, 1)
-    return share * share * (3 - 2 * share)
-
-
-def correct(photo_B3HW: Tensor, correction: Correction, family: str) -> Tensor:
-    """The corrected photo, not clamped, float32 B,3,H,W: curve, fills, residual."""
-    toned = tone.apply(family, photo_B3HW, correction.strength_B3HW.float())
-    white = tone.apply(family, torch.ones_like(correction.whole_B), correction.whole_B)
-    white_B111 = white[:, None, None, None]
-    fill = correction.cover_B1HW * (white_B111 - toned) + correction.shift_B3HW
-    return toned + lost(photo_B3HW.float()) * fill + correction.residual_B3HW
 
 
 class Corrector(nn.Module):
@@ -116,12 +80,35 @@ class Corrector(nn.Module):
         not look at it.
         """
         height, width = photo_B3HW.shape[2:]
-        padded_height, padded_width = (side + -side % self.multiple for side in (height, width))
-        x = self.stem(self._seen(_fit(photo_B3HW, padded_height, padded_width), strength_B))
+        inputs = padded(photo_B3HW, proto_B32hw, p3_BChw, self.multiple)
+        answer = fit(self._answer(*inputs, strength_B), height, width).float()
+        return self._correction(photo_B3HW, strength_B.float(), answer)
+
+    def whole(
+        self, photo_B3HW: Tensor, proto_B32hw: Tensor, p3_BChw: Tensor, strength_B: Tensor
+    ) -> Correction:
+        """`forward` of a photo whose sides are multiples of `self.multiple`: what is exported."""
+        answer = self._answer(photo_B3HW, proto_B32hw, p3_BChw, strength_B)
+        return self._correction(photo_B3HW, strength_B, answer)
+
+    @torch.inference_mode()
+    def correction_of(
+        self, photo_13HW: Tensor, proto_132hw: Tensor, p3_1Chw: Tensor, strength: float
+    ) -> Correction:
+        """`forward` of one photo on the CPU, answered there."""
+        device = next(self.parameters()).device
+        inputs = (x.to(device) for x in (photo_13HW, proto_132hw, p3_1Chw))
+        correction = self(*inputs, torch.tensor([strength], device=device))
+        return Correction(*(part.cpu() for part in correction))
+
+    def _answer(self, photo: Tensor, proto: Tensor, p3: Tensor, strength_B: Tensor) -> Tensor:
+        """What the head says, B,10 (residual head: B,3) at the size of the photo, whose sides are
+        multiples of `self.multiple`."""
+        x = self.stem(self._seen(photo, strength_B))
         semantics = self.semantics(
-            _fit(proto_B32hw, padded_height // 4, padded_width // 4),
-            _fit(p3_BChw, padded_height // 8, padded_width // 8),
-            [(x.shape[2] >> m, x.shape[3] >> m) for m in range(len(self.size.blocks))],
+            proto,
+            p3,
+            [(x.shape[2] // 2**m, x.shape[3] // 2**m) for m in range(len(self.size.blocks))],
         )
         skips = []
         for m, down in enumerate(self.down):
@@ -132,8 +119,7 @@ class Corrector(nn.Module):
         for m in reversed(range(len(skips))):
             x = self.merge[m](torch.cat([self.up[m](x), skips[m]], dim=1))
             x = self.decoder[m](x, semantics[m])
-        answer = _fit(self.head(x), height, width).float()
-        return self._correction(photo_B3HW, strength_B.float(), answer)
+        return self.head(x)
 
     def _seen(self, photo_B3HW: Tensor, strength_B: Tensor) -> Tensor:
         """What the stem reads, at its size."""
@@ -221,15 +207,6 @@ class ToneHead(nn.Module):
         if self.stem > 1:
             smooth = F.interpolate(smooth, scale_factor=float(self.stem), mode="bilinear")
         return torch.cat([smooth, self.shuffle(residual)], dim=1)
-
-
-def _fit(x_BChw: Tensor, height: int, width: int) -> Tensor:
-    """Crop or replicate-pad at the bottom and right to the size."""
-    x_BChw = x_BChw[..., :height, :width]
-    bottom, right = height - x_BChw.shape[2], width - x_BChw.shape[3]
-    if bottom or right:
-        x_BChw = F.pad(x_BChw, (0, right, 0, bottom), mode="replicate")
-    return x_BChw
 
 
 def _zeroed(layer: Layer) -> Layer:

@@ -10,34 +10,52 @@ happens at the working size; what it says is applied at full size by apply.py.
 
 import dataclasses
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import numpy as np
-import torch
-from torch import Tensor
 
+from evenlight.stages.arrays import Array, from_numpy
 from evenlight.stages.corrector.apply import Maps, apply_maps, fit_maps
+from evenlight.stages.corrector.correction import Correction
 from evenlight.stages.corrector.inputs import at_working_size, rule_corrected
-from evenlight.stages.corrector.network import Correction, Corrector
 from evenlight.stages.photos.canvas import working
 from evenlight.stages.photos.visible import visible
 from evenlight.stages.pixels import resize
 from evenlight.stages.priors import tone
-from evenlight.stages.priors.judge import FAMILY, Judge, Opinion, asked, decide
 from evenlight.stages.priors.ladder import embed_ladder, embed_photo, embed_regions
-from evenlight.stages.priors.protocols import ClipModel, Segmenter
+from evenlight.stages.priors.opinion import FAMILY, Opinion, asked, decide
+from evenlight.stages.priors.protocols import Embedder, Opinions, Segmenter
 from evenlight.stages.priors.pseudo_gt import by_region, choose
 from evenlight.stages.settings import Settings
+
+if TYPE_CHECKING:
+    from evenlight.stages.priors.judge import Judge
+
+
+class Network(Protocol):
+    """A corrector (network.py, or an exported one) as what corrects photos sees it."""
+
+    def correction_of(
+        self, photo_13HW: Array, proto_132hw: Array, p3_1Chw: Array, strength: float
+    ) -> Correction:
+        """Of one photo at the working size, its features at 1/4 and 1/8, and the judge's strength;
+        NumPy, or torch on the CPU, in and out."""
+        ...
 
 
 @dataclass(frozen=True, kw_only=True)
 class Predictor:
-    """A trained corrector, the frozen models it was trained with, and their judge."""
+    """A trained corrector, the frozen models it was trained with, and their judge.
 
-    network: Corrector
+    xp: whose arrays these models take: numpy's, or torch's (None).
+    """
+
+    network: Network
     settings: Settings  # of the training
     segmenter: Segmenter
-    clip: ClipModel
-    judge: Judge
+    clip: Embedder
+    judge: Opinions
+    xp: Any = None
 
     def correct(
         self, pixels_HW3: np.ndarray, strength: float = 1.0, alpha_HW: np.ndarray | None = None
@@ -73,14 +91,18 @@ class Predictor:
         """The photo (uint8) on the plain film curve at the judge's strength: no network."""
         photo = working(pixels_HW3, self.settings.photo.size)
         strength = decide(self.opinion(photo), self.settings.judge.prior_good)
-        return tone.on_bytes(FAMILY, pixels_HW3, strength)
+        return tone.on_bytes(FAMILY, pixels_HW3, strength, self.xp)
 
     def pseudo_gt(self, pixels_HW3: np.ndarray) -> dict[str, np.ndarray]:
-        """The pseudo_gt part, and regions, of a photo that is in no store, at the priors' size."""
+        """The pseudo_gt part, and regions, of a photo that is in no store, at the priors' size.
+
+        Needs a whole judge, prompts and all: exported models do not have one.
+        """
+        judge = cast("Judge", self.judge)
         photo = working(pixels_HW3, self.settings.photo.size)
         regions = self.segmenter.segment(rule_corrected(photo))
         cached = embed_photo(photo, regions.labels, self.clip, self.settings.ladder)
-        chosen = choose(photo, regions.labels, cached, self.judge, self.settings)
+        chosen = choose(photo, regions.labels, cached, judge, self.settings)
         return chosen | {"regions": regions.labels}
 
     @property
@@ -91,8 +113,8 @@ class Predictor:
 
     def _look(self, photo_HW3: np.ndarray) -> dict[str, np.ndarray]:
         """What the judge reads of the photo as a whole."""
-        with torch.inference_mode():
-            return embed_ladder(photo_HW3, self.clip, self.settings.ladder, self._offsets)
+        ladder = self.settings.ladder
+        return embed_ladder(photo_HW3, self.clip, ladder, self._offsets, self.xp)
 
     def _ask_network(
         self, photo_HW3: np.ndarray, strength: float, seen: dict[str, np.ndarray] | None
@@ -101,14 +123,11 @@ class Predictor:
 
         seen: what the judge reads of the photo; None: it is not asked about regions.
         """
-        regions = self.segmenter.segment(rule_corrected(photo_HW3))
-        proto, p3 = (torch.from_numpy(x)[None].float() for x in (regions.proto, regions.p3))
+        regions = self.segmenter.segment(rule_corrected(photo_HW3, self.xp))
+        features = (x[None].astype(np.float32) for x in (regions.proto, regions.p3))
+        proto, p3 = (from_numpy(x, self.xp) for x in features)
         inputs = at_working_size(photo_HW3, proto, p3, self.settings.train.size)
-        device = next(self.network.parameters()).device
-        given = torch.tensor([strength], device=device)
-        with torch.inference_mode():
-            correction = self.network(*(x.to(device) for x in inputs), given)
-        here = Correction(*(part.cpu() for part in correction))
+        here = self.network.correction_of(*inputs, strength)
         if seen is not None:
             apart = self._apart(photo_HW3, regions.labels, seen, strength)
             apart = resize(apart, *inputs[0].shape[2:])
@@ -117,14 +136,14 @@ class Predictor:
 
     def _apart(
         self, photo_HW3: np.ndarray, labels: np.ndarray, seen: dict[str, np.ndarray], whole: float
-    ) -> Tensor:
+    ) -> Array:
         """How far the judge sets each pixel's strength apart from the photo's.  1,1,H/4,W/4."""
         settings = dataclasses.replace(
             self.settings,
             ladder=dataclasses.replace(self.settings.ladder, offsets=self._offsets),
         )
-        with torch.inference_mode():
-            rule = float(seen["rule_strength"])
-            cached = seen | embed_regions(photo_HW3, labels, self.clip, settings.ladder, rule)
-            _, t_map = by_region(photo_HW3, labels, cached, self.judge, settings, whole)
+        rule = float(seen["rule_strength"])
+        regions = embed_regions(photo_HW3, labels, self.clip, settings.ladder, rule, self.xp)
+        judge, cached = self.judge, seen | regions
+        _, t_map = by_region(photo_HW3, labels, cached, judge, settings, whole, self.xp)
         return t_map - whole

@@ -1,4 +1,5 @@
-"""The linear recurrence h_t = a_t h_(t-1) + b_t: definition, fast plain form, CUDA kernel.
+"""The linear recurrence h_t = a_t h_(t-1) + b_t: definition, fast plain form, CUDA kernel, and
+the form that is exported.
 
 `scan` chooses; every form equals `scan_reference`, forward and backward, in float32 or float64.
 """
@@ -24,6 +25,8 @@ def scan(a_BDL: Tensor, b_BDL: Tensor, reverse: bool = False) -> Tensor:
     """
     dtype = torch.float64 if a_BDL.dtype == torch.float64 else torch.float32
     a_BDL, b_BDL = a_BDL.to(dtype), b_BDL.to(dtype)
+    if torch.compiler.is_exporting():
+        return scan_doubling(a_BDL, b_BDL, reverse)
     with torch.autocast(a_BDL.device.type, enabled=False):
         if dtype == torch.float32 and choose(a_BDL.device)[0] == "mamba_ssm":
             return scan_mamba(a_BDL, b_BDL, reverse)
@@ -53,6 +56,27 @@ def scan_reference(a_BDL: Tensor, b_BDL: Tensor, reverse: bool = False) -> Tenso
 def scan_blocked(a_BDL: Tensor, b_BDL: Tensor, reverse: bool = False) -> Tensor:
     """Two levels in plain PyTorch: sqrt(L) steps inside all blocks at once, then over blocks."""
     return _Blocked.apply(a_BDL.mT, b_BDL.mT, reverse).mT
+
+
+def scan_doubling(a_BDL: Tensor, b_BDL: Tensor, reverse: bool = False) -> Tensor:
+    """A few steps on all tokens at once, after each of which a state looks back twice as far: as
+    ONNX can say it for any number of tokens (Hillis, Steele, "Data Parallel Algorithms", 1986).
+
+    When exported, as many steps as the most tokens of the dynamic shape need.
+    """
+    from torch.fx.experimental.symbolic_shapes import statically_known_true  # brings sympy with it
+
+    if reverse:
+        return scan_doubling(a_BDL.flip(-1), b_BDL.flip(-1)).flip(-1)
+    tokens, reach = a_BDL.shape[-1], 1
+    while not statically_known_true(tokens <= reach):
+        before_a, before_b = (
+            F.pad(x, (reach, 0), value=nothing)[..., :tokens]
+            for x, nothing in ((a_BDL, 1.0), (b_BDL, 0.0))
+        )
+        a_BDL, b_BDL = a_BDL * before_a, torch.addcmul(b_BDL, a_BDL, before_b)
+        reach *= 2
+    return b_BDL
 
 
 def scan_mamba(a_BDL: Tensor, b_BDL: Tensor, reverse: bool = False) -> Tensor:

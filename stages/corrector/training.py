@@ -14,8 +14,9 @@ from evenlight.cache.errors import EvenlightError
 from evenlight.cache.files import Lock, atomic_write, write_json
 from evenlight.stages.corrector.batches import Draw, TrainingData, take
 from evenlight.stages.corrector.checkpoint import checkpoint_path, load_checkpoint, save_corrector
+from evenlight.stages.corrector.correction import correct
 from evenlight.stages.corrector.losses import Frozen, mse, total
-from evenlight.stages.corrector.network import Corrector, correct
+from evenlight.stages.corrector.network import Corrector
 from evenlight.stages.corrector.run import (
     Progress,
     Run,

@@ -9,12 +9,12 @@ The shipped `clip-lite0` runs in a tower of its own (lite0.py), any other model 
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from evenlight.cache.errors import EnvironmentLacks
@@ -52,7 +52,7 @@ class Clip:
         self.fingerprint = fingerprint
         self.size = reading.size
         self.logit_scale = logit_scale
-        self._image = image
+        self.image = image
         self._words = functools.cache(words)
         self._device = torch.device(device)
         self._mean = torch.tensor(reading.mean, device=self._device).view(3, 1, 1)
@@ -66,12 +66,15 @@ class Clip:
         norm on the model's device, differentiable with respect to the photos.
         """
         if torch.is_grad_enabled() and rgb_B3HW.requires_grad:
-            return self._embed(rgb_B3HW)
+            return self.embed_at_once(rgb_B3HW)
         chunk = CHUNK if self._device.type == "cpu" else CHUNK_GPU
         with torch.no_grad():
-            return torch.cat([self._embed(photos) for photos in torch.split(rgb_B3HW, chunk)])
+            return torch.cat(
+                [self.embed_at_once(photos) for photos in torch.split(rgb_B3HW, chunk)]
+            )
 
-    def _embed(self, rgb_B3HW: Tensor) -> Tensor:
+    def embed_at_once(self, rgb_B3HW: Tensor) -> Tensor:
+        """`embed` without a bound on memory."""
         x = rgb_B3HW.to(self._device, torch.float32)
         with torch.autocast(self._device.type, enabled=False):
             if x.shape[-2:] != (self.size, self.size):
@@ -79,7 +82,13 @@ class Clip:
                     x, (self.size, self.size), mode="bicubic", antialias=True, align_corners=False
                 ).clamp(0, 1)
             x = ((x - self._mean) / self._std).contiguous(memory_format=torch.channels_last)
-            return F.normalize(self._image(x), dim=-1)
+            return F.normalize(self.image(x), dim=-1)
+
+    @property
+    def tower(self) -> nn.Module:
+        """The module whose weights embed photos."""
+        image: Any = self.image  # a module, or a method of one
+        return image if isinstance(image, nn.Module) else image.__self__
 
     def embed_text(self, texts: Sequence[str]) -> Tensor:
         """Embed texts.  Returns float32 n,D of unit norm on the model's device."""

@@ -23,29 +23,23 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from evenlight.cache.errors import EnvironmentLacks
-from evenlight.stages.priors import tones
+from evenlight.stages.priors import opinion
 from evenlight.stages.priors.fingerprints import of_judge
+from evenlight.stages.priors.opinion import (
+    LIMIT,
+    STEP,
+    Opinion,
+    opinion_of,
+    photo_read,
+    regions_read,
+)
 from evenlight.stages.priors.prompts import Scorer, zero_shot
 from evenlight.stages.priors.protocols import ClipModel
-from evenlight.stages.priors.tones import NUM_TONES, PERCENTILES
+from evenlight.stages.priors.tones import NUM_TONES
 from evenlight.stages.weights import shipped
 
-FAMILY = "film"
-LIMIT, STEP = 2.2, 0.1
-STRENGTHS = torch.tensor(tones.STRENGTHS, dtype=torch.float32)
-ASKED = (-1.0, -0.4, 0.0, 0.4, 1.0)  # rungs that are asked, beyond the mean-luma rule
+STRENGTHS = torch.from_numpy(opinion.STRENGTHS)
 HIDDEN, DROPOUT = 96, 0.4
-NO_SPREAD = 0.02  # of tones, between the ends of PERCENTILES: nothing but noise
-WHITE = 0.95  # of all channels, of the middle pixel of a picture on white
-LIGHTER = 0.01  # luma of its upper and lower third beyond that of its centre
-MOST_DARKENING = -0.4  # of such a picture: white comes out at 250 of 255.  Whites stay white
-NEAR = 0.25  # strengths within it look alike
-WIDTH = 0.4  # of the loss: beyond about twice of it an answer is wrong, not less right
-# Probability of being good from which a photo stays as it is.  Between a half and this the answer
-# is moderate: fewer bad photos are left alone, and good ones hardly move.
-SURELY_GOOD = 0.7
-DECISIONS = np.linspace(-LIMIT, LIMIT, 441)
-LOSSES = 1 - np.exp(-((DECISIONS[:, None] - tones.STRENGTHS) ** 2) / (2 * WIDTH**2))
 
 
 class Asked(nn.Module):
@@ -150,32 +144,6 @@ class RegionHead(nn.Module):
         return self.answer(F.gelu(self.hidden(self.drop(x))))
 
 
-@dataclass(frozen=True)
-class Opinion:
-    """What the judge says of one photo: p_good, the probability that it is good as it is (a priori
-    one half), and p_S, float64, of the strengths that would mend it if it is not."""
-
-    p_good: float
-    p_S: NDArray[np.float64]  # noqa: N815
-
-    def good(self, prior_good: float) -> float:
-        """The probability of being good where that share of photos is, a priori, in [0, 1)."""
-        good, bad = self.p_good * prior_good, (1 - self.p_good) * (1 - prior_good)
-        return good / max(good + bad, 1e-12)
-
-    def certainty(self, strength: float, prior_good: float) -> float:
-        """The probability that the right strength lies within NEAR of this one."""
-        good = self.good(prior_good)
-        near = float(self.p_S[np.abs(STRENGTHS.numpy() - strength) <= NEAR].sum())
-        return (1 - good) * near + good * (abs(strength) <= NEAR)
-
-    def words(self) -> dict[str, float]:
-        """The readable face: probabilities that the photo is under-, well or over-exposed."""
-        bad, t = 1 - self.p_good, STRENGTHS.numpy()
-        under, over = (float(self.p_S[side].sum()) for side in (t > NEAR, t < -NEAR))
-        return {"under": bad * under, "normal": 1 - bad * (under + over), "over": bad * over}
-
-
 class Judge:
     """The heads for one CLIP and the prompts beside them, frozen.
 
@@ -214,33 +182,22 @@ class Judge:
 
         offsets: of the ladder's rungs from the mean-luma rule, of the family FAMILY.
         """
-        if holds_nothing(cached["tones"][0]):
-            return Opinion(1.0, (STRENGTHS == 0).double().numpy())
-        with torch.no_grad():
-            logits, good = self.head(seen_of(cached, offsets))
-        p_S = logits[0].double().softmax(0).numpy()
-        if is_on_white(cached["tones"][0]):
-            p_S = _no_darker_than(MOST_DARKENING, p_S)
-        return Opinion(float(good[0].sigmoid()), p_S)
+
+        def answer() -> tuple[NDArray[np.float64], float]:
+            with torch.no_grad():
+                logits, good = self.head(seen_of(cached, offsets))
+            return logits[0].double().softmax(0).numpy(), float(good[0].sigmoid())
+
+        return opinion_of(cached, answer)
 
     def region_opinions(
         self, cached: Mapping[str, Any], offsets: Sequence[float], strength: float
     ) -> NDArray[np.float64]:
         """Of the embedded regions, probabilities of STRENGTHS between each and the photo, which is
         given `strength`.  R,S for the regions there are."""
-        count = int((cached["region_labels"] > 0).sum())
-        rule = float(cached["rule_strength"])
-        areas = _tensor(cached["region_areas"][:count])
-        both = torch.tensor([strength, rule, rule - strength]).expand(count, -1)
-        photo = _tensor(cached["clip_ladder"][list(offsets).index(0.0)]).expand(count, -1)
+        read = regions_read(cached, offsets, strength)
         with torch.no_grad():
-            logits = self.regions(
-                _tensor(cached["clip_regions"][:count]),
-                photo,
-                _tensor(cached["region_tones"][:count]),
-                _tensor(cached["tones"][0]).expand(count, -1),
-                torch.cat([both, areas[:, None]], 1),
-            )
+            logits = self.regions(*map(torch.from_numpy, read))
         return logits.double().softmax(1).numpy()
 
 
@@ -261,68 +218,6 @@ def _of(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
 
 
-def holds_nothing(tones_T: NDArray[np.float32]) -> bool:
-    """Whether a photo is all black, all white or of one colour, but for noise: as it is meant."""
-    planes = tones_T[: 3 * len(PERCENTILES)].reshape(3, -1)
-    return bool((planes[:, -1] - planes[:, 0] < NO_SPREAD).all())
-
-
-def is_on_white(tones_T: NDArray[np.float32]) -> bool:
-    """Whether a picture shows something on a white ground: more than half of it is white in all
-    channels, and it is lighter above and below than in its middle.  (An overexposed landscape is
-    darker below.)"""
-    smallest = tones_T[2 * len(PERCENTILES) : 3 * len(PERCENTILES)]
-    centre, upper, lower = tones_T[-3:]
-    mostly_white = np.interp(50, PERCENTILES, smallest) >= WHITE
-    return bool(mostly_white and min(upper, lower) > centre + LIGHTER)
-
-
-def _no_darker_than(least: float, p_S: NDArray[np.float64]) -> NDArray[np.float64]:
-    """The probabilities, those of lower strengths moved up to `least`."""
-    strengths = STRENGTHS.double().numpy()
-    at = int(np.abs(strengths - least).argmin())
-    found = np.where(strengths < strengths[at], 0.0, p_S)
-    found[at] += p_S[:at].sum()
-    return found
-
-
-def asked(offsets: Sequence[float]) -> list[int]:
-    """Indices of the rungs that the judge asks: those nearest to ASKED."""
-    found = {int(np.abs(np.array(offsets) - wanted).argmin()) for wanted in ASKED}
-    return sorted(found)
-
-
 def seen_of(cached: Mapping[str, Any], offsets: Sequence[float]) -> Seen:
     """What the judge reads of one photo of the store, as a batch of one."""
-    rungs = asked(offsets)
-    rule = float(cached["rule_strength"])
-    embeddings = np.concatenate([cached["clip_photo"][None], cached["clip_ladder"][rungs]])
-    given = [0.0, *(rule + offsets[rung] for rung in rungs)]
-    tones_here = cached["tones"][[0, *(1 + rung for rung in rungs)]]
-    return Seen(
-        _tensor(embeddings)[None], _tensor(tones_here)[None], _tensor(given)[None],
-        _tensor([rule]),
-    )  # fmt: skip
-
-
-def decide(opinion: Opinion, prior_good: float) -> float:
-    """The film strength of least expected loss; 0 where the photo is surely good as it is.
-
-    prior_good: how many photos are good, a priori, in [0, 1): 0 corrects every photo.  The loss of
-    erring by e in strength is 1 - exp(-e^2 / 2 WIDTH^2), so that a far alternative does not drag
-    the answer away from a likely one; that the photo may be good pulls it towards 0.
-    """
-    good = opinion.good(prior_good)
-    if good > SURELY_GOOD:
-        return 0.0
-    expected = (1 - good) * (LOSSES @ opinion.p_S) + good * LOSSES[:, len(STRENGTHS) // 2]
-    return float(DECISIONS[int(expected.argmin())])
-
-
-def between(p_S: NDArray[np.float64]) -> float:
-    """The strength of least expected loss between a region and its photo."""
-    return float(DECISIONS[int((LOSSES @ p_S).argmin())])
-
-
-def _tensor(values: Any) -> Tensor:
-    return torch.from_numpy(np.asarray(values, np.float32))
+    return Seen(*map(torch.from_numpy, photo_read(cached, offsets)))

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
-from evenlight.stages.priors import judge as judging
+from evenlight.stages.priors import opinion
 from evenlight.stages.priors.judge import STRENGTHS, Head, Judge, Seen
 from evenlight.stages.settings import JudgeSettings
 
@@ -59,7 +59,7 @@ class _Photos:
         offsets = torch.tensor(cached.offsets)
         self.given = torch.cat([torch.zeros(len(rule), 1), rule[:, None] + offsets], 1)  # N,1+K
         self.rule = rule
-        self.asked = torch.tensor([1 + rung for rung in judging.asked(cached.offsets)])
+        self.asked = torch.tensor([1 + rung for rung in opinion.asked(cached.offsets)])
 
     def seen(self, photo_B: Tensor, rung_B: Tensor) -> Seen:
         """Rungs of photos taken for photos.  rung: 0 is the photo itself."""
@@ -75,7 +75,7 @@ class _Photos:
 
     def near(self, photo_B: Tensor, generator: torch.Generator) -> Tensor:
         """A rung for each photo, at random among those whose strength the judge can undo."""
-        usable = (self.given[photo_B].abs() <= judging.LIMIT).float()
+        usable = (self.given[photo_B].abs() <= opinion.LIMIT).float()
         return torch.multinomial(usable, 1, generator=generator)[:, 0]
 
 
@@ -221,5 +221,5 @@ def _pointed(head: Head, photos: _Photos, index: Tensor) -> Tensor:
         logits, _ = head(photos.seen(index, torch.full_like(index, rung)))
         given = photos.given[index, rung]
         answer = given + logits.softmax(1) @ STRENGTHS
-        pointed.append(torch.where(given.abs() <= judging.LIMIT, answer, torch.nan))
+        pointed.append(torch.where(given.abs() <= opinion.LIMIT, answer, torch.nan))
     return torch.stack(pointed, 1)

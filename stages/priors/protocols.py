@@ -5,11 +5,17 @@ FastSAM (fastsam.py), CLIP (clip.py) and prompts (prompts.py) are such; tests pa
 
 # B photos, C channels, H W pixels, D embedding, n texts, M context vectors, E token embedding
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
-from torch import Tensor
+
+from evenlight.stages.arrays import Array
+from evenlight.stages.priors.opinion import Opinion
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -38,36 +44,60 @@ class Segmenter(Protocol):
         """uint8 sRGB, H and W multiples of 8."""
         ...
 
-    def features(self, rgb_B3HW: Tensor) -> tuple[Tensor, Tensor]:
+    def features(self, rgb_B3HW: Array) -> tuple[Array, Array]:
         """float in [0, 1], H and W multiples of 32 -> proto at /4, P3 at /8; differentiable."""
         ...
 
 
-class ClipModel(Protocol):
-    """Embeds photos and prompts.
+class Embedder(Protocol):
+    """Embeds photos.
 
     fingerprint: hex sha256 of what decides its answers.  dim: D.  size: side of the square it
     sees, pixels; tone operators work on copies of that size, since they commute well with
-    shrinking.  logit_scale: what cosines were multiplied by in training.
+    shrinking.
     """
 
     fingerprint: str
     dim: int
     size: int
-    logit_scale: float
 
-    def embed(self, rgb_B3HW: Tensor) -> Tensor:
+    def embed(self, rgb_B3HW: Array) -> Array:
         """float in [0, 1] -> float32 B,D of unit norm; differentiable."""
         ...
 
-    def embed_text(self, texts: list[str]) -> Tensor:
+
+class ClipModel(Embedder, Protocol):
+    """Embeds prompts too.  logit_scale: what cosines were multiplied by in training."""
+
+    logit_scale: float
+
+    def embed_text(self, texts: list[str]) -> "Tensor":
         """-> float32 n,D of unit norm."""
         ...
 
-    def token_vectors(self, text: str) -> Tensor:
+    def token_vectors(self, text: str) -> "Tensor":
         """-> M,E: input vectors of the tokens of a text, without start and end."""
         ...
 
-    def encode_context(self, context_nME: Tensor, words: list[str]) -> Tensor:
+    def encode_context(self, context_nME: "Tensor", words: list[str]) -> "Tensor":
         """n prompts of context vectors before words -> n,D of unit norm; differentiable."""
+        ...
+
+
+class Opinions(Protocol):
+    """What a photo, and a region of it, is meant to be: a judge, as what corrects photos sees it.
+
+    cached, offsets: the embeddings part of a photo (`ladder.embed_photo`), and where its rungs lie
+    from the mean-luma rule.
+    """
+
+    fingerprint: str
+
+    def opinion(self, cached: Mapping[str, Any], offsets: Sequence[float]) -> Opinion: ...
+
+    def region_opinions(
+        self, cached: Mapping[str, Any], offsets: Sequence[float], strength: float
+    ) -> np.ndarray:
+        """Of the regions embedded, probabilities R,S of the strengths between each and the photo,
+        which is given `strength`."""
         ...

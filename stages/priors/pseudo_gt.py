@@ -8,17 +8,21 @@ a network of the priors here.
 
 # K ladder strengths, R regions, S strengths, D embedding, H W pixels
 
-import numpy as np
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
+from evenlight.stages.arrays import Array, from_numpy, to_numpy, without_gradients
 from evenlight.stages.pixels import guided_filter, luma, resize, to_bytes, to_float
-from evenlight.stages.priors import judge as judging
+from evenlight.stages.priors import opinion as judging
 from evenlight.stages.priors import tone
-from evenlight.stages.priors.judge import Judge
+from evenlight.stages.priors.protocols import Opinions
 from evenlight.stages.priors.region_strengths import region_strengths
 from evenlight.stages.priors.scores import grid_strength
 from evenlight.stages.settings import Settings
+
+if TYPE_CHECKING:
+    from evenlight.stages.priors.judge import Judge
 
 MAP_SCALE = 4  # the t map is kept at 1/4 of the photo's side
 
@@ -27,7 +31,7 @@ def choose(
     photo_HW3: np.ndarray,
     labels_HW: np.ndarray,
     cached: dict[str, np.ndarray],
-    judge: Judge,
+    judge: "Judge",
     settings: Settings,
 ) -> dict[str, np.ndarray]:
     """The pseudo_gt part of one photo, from its cached embeddings and tones.
@@ -73,15 +77,17 @@ def by_region(
     photo_HW3: np.ndarray,
     labels_HW: np.ndarray,
     cached: dict[str, np.ndarray],
-    judge: Judge,
+    judge: Opinions,
     settings: Settings,
     start: float,
-) -> tuple[np.ndarray, Tensor]:
+    xp: Any = None,
+) -> tuple[np.ndarray, Array]:
     """Strengths of the embedded regions (R) and, at 1/4 size, of every pixel (1,1,h,w float32).
 
     Arguments as `choose`.  start: the photo's strength, which stands where no region is embedded.
+    xp: whose array the map is: numpy's, or torch's (None).
     """
-    chosen, t_map = _everywhere(photo_HW3, cached, start)
+    chosen, t_map = _everywhere(photo_HW3, cached, start, xp)
     count = int((cached["region_labels"] > 0).sum())
     if not count or not settings.pseudo_gt.regional:
         return chosen, t_map
@@ -90,19 +96,19 @@ def by_region(
     chosen[:count] = region_strengths(cached["region_tones"][:count], p_RS, start, family, most)
     strength_of = np.full(256, start, np.float32)  # label -> strength
     strength_of[cached["region_labels"][:count]] = chosen[:count]
-    return chosen, _smooth(strength_of[labels_HW], photo_HW3, start, family)
+    return chosen, _smooth(strength_of[labels_HW], photo_HW3, start, family, xp)
 
 
 def _everywhere(
-    photo_HW3: np.ndarray, cached: dict[str, np.ndarray], strength: float
-) -> tuple[np.ndarray, Tensor]:
+    photo_HW3: np.ndarray, cached: dict[str, np.ndarray], strength: float, xp: Any = None
+) -> tuple[np.ndarray, Array]:
     """The photo's strength for every region, and every pixel at 1/4 size."""
     height, width = photo_HW3.shape[0] // MAP_SCALE, photo_HW3.shape[1] // MAP_SCALE
     chosen = np.full(len(cached["region_labels"]), strength, np.float32)
-    return chosen, torch.full((1, 1, height, width), strength)
+    return chosen, from_numpy(np.full((1, 1, height, width), strength, np.float32), xp)
 
 
-def re_expose(photo_HW3: np.ndarray, t_map: Tensor, family: str) -> np.ndarray:
+def re_expose(photo_HW3: np.ndarray, t_map: Array, family: str) -> np.ndarray:
     """Pseudo-GT of a photo from its t map (float16, 1/4 size).  uint8 H,W,3 in and out."""
     if t_map.amin() == t_map.amax():
         return tone.on_bytes(family, photo_HW3, float(t_map[0, 0]))
@@ -110,26 +116,29 @@ def re_expose(photo_HW3: np.ndarray, t_map: Tensor, family: str) -> np.ndarray:
     return to_bytes(tone.apply(family, to_float(photo_HW3), t)).numpy()
 
 
-def _smooth(painted_HW: np.ndarray, photo_HW3: np.ndarray, start: float, family: str) -> Tensor:
+def _smooth(
+    painted_HW: np.ndarray, photo_HW3: np.ndarray, start: float, family: str, xp: Any
+) -> Array:
     """Strengths as one smooth map at 1/4 size (1,1,h,w) that follows the edges of the photo."""
     height, width = (side // MAP_SCALE for side in painted_HW.shape)
-    small = resize(to_float(photo_HW3), height, width)
-    guide = luma(tone.apply(family, small, torch.tensor(start)))
-    painted = resize(torch.from_numpy(painted_HW)[None, None], height, width)
+    small = resize(to_float(photo_HW3, xp), height, width)
+    guide = luma(tone.apply(family, small, start))
+    painted = resize(from_numpy(painted_HW, xp)[None, None], height, width)
     return guided_filter(guide, painted, radius=max(height, width) // 16)
 
 
-def _logits(judge: Judge, embeddings: np.ndarray) -> np.ndarray:
+def _logits(judge: "Judge", embeddings: np.ndarray) -> np.ndarray:
     """Logits of cached embeddings, whatever the leading axes.  ...,D -> ...,3 float64."""
-    flat = torch.from_numpy(embeddings.astype(np.float32)).flatten(0, -2)
-    with torch.no_grad():
-        logits = judge.prompts.logits(flat)
-    return logits.double().numpy().reshape(*embeddings.shape[:-1], 3)
+    flat = from_numpy(embeddings.astype(np.float32).reshape(-1, embeddings.shape[-1]))
+    with without_gradients(flat):
+        logits = to_numpy(judge.prompts.logits(flat))
+    return logits.astype(np.float64).reshape(*embeddings.shape[:-1], 3)
 
 
-def _unclipped_weight(photo_HW3: np.ndarray, height: int, width: int) -> Tensor:
+def _unclipped_weight(photo_HW3: np.ndarray, height: int, width: int) -> Array:
     """1 where the photo holds information, 0.2 where it is clipped.  1,1,height,width."""
     red, green, blue = np.moveaxis(photo_HW3, 2, 0)
     largest_HW = np.maximum(np.maximum(red, green), blue)
     lost_HW = (largest_HW >= 254) | (largest_HW <= 1)  # a channel blown, or all crushed
-    return 1 - 0.8 * resize(torch.from_numpy(lost_HW)[None, None].float(), height, width)
+    lost_11HW = from_numpy(lost_HW.astype(np.float32))[None, None]
+    return 1 - 0.8 * resize(lost_11HW, height, width)

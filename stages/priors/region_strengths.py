@@ -7,9 +7,8 @@ between a region and its photo is about 0.
 # R regions, T tones, S strengths
 
 import numpy as np
-import torch
 
-from evenlight.stages.priors import judge, tone
+from evenlight.stages.priors import opinion, tone
 from evenlight.stages.priors.tones import PERCENTILES
 
 # Of what the judge says.  In full it costs .7 dB on brackets, whose references are single frames,
@@ -27,7 +26,7 @@ def region_strengths(
     tones: of each region as it is.  p: of the strength between each region and the photo, which is
     given `start`.
     """
-    wanted = np.array([start + SHARE * judge.between(p_S) for p_S in p_RS])
+    wanted = np.array([start + SHARE * opinion.between(p_S) for p_S in p_RS])
     return keep_order(wanted.clip(-max_strength, max_strength), start, tones_RT, family)
 
 
@@ -59,6 +58,5 @@ def keep_order(
 
 def mean_luma(tones_RT: np.ndarray, strengths: np.ndarray, family: str) -> np.ndarray:
     """Mean luma of regions re-exposed by a strength each (R), from the quantiles of their luma."""
-    levels = torch.from_numpy(tones_RT[:, : len(PERCENTILES)])
-    toned = tone.apply(family, levels, torch.from_numpy(strengths)[:, None].float()).numpy()
+    toned = tone.apply(family, tones_RT[:, : len(PERCENTILES)], strengths[:, None])
     return np.trapezoid(toned, PERCENTILES / 100, axis=1)

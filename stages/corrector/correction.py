@@ -1,0 +1,47 @@
+"""What the corrector answers, and what it makes of a photo (docs/method.md 6)."""
+
+# B batch, H W pixels of the photo
+
+from typing import NamedTuple, Self
+
+from evenlight.stages.arrays import Array, float32, namespace
+from evenlight.stages.priors import tone
+
+LOST_FROM, LOST_TO = 0.88, 0.995  # values that clipping may have taken: from none to all of it
+
+
+class Correction(NamedTuple):
+    """What the corrector answers, float32 at the size of the photo.
+
+    Only photos that are darkened are filled: cover and shift are 0 where whole >= 0.
+    """
+
+    # strength of the photo, the judge's; 0 for the residual head
+    whole_B: Array  # noqa: N815
+    # strength of each pixel and channel, within MAX_OFFSET (network.py) of the photo's
+    strength_B3HW: Array  # noqa: N815
+    # how far the fill hides what the curve leaves of a lost pixel, -1 to 1
+    cover_B1HW: Array  # noqa: N815
+    # of the fill's colour, from the grey that the curve makes of white
+    shift_B3HW: Array  # noqa: N815
+    # added at the end; within MAX_RESIDUAL (network.py) for the tone head
+    residual_B3HW: Array  # noqa: N815
+
+    def scaled(self, share: float) -> Self:
+        """So much of it: 0 changes nothing."""
+        return type(self)(*(share * part for part in self))
+
+
+def lost(photo: Array) -> Array:
+    """How much of each value clipping may have taken: 0 up to .88, 1 from .995.  Same shape."""
+    share = namespace(photo).clip((photo - LOST_FROM) / (LOST_TO - LOST_FROM), 0, 1)
+    return share * share * (3 - 2 * share)
+
+
+def correct(photo_B3HW: Array, correction: Correction, family: str) -> Array:
+    """The corrected photo, not clamped, float32 B,3,H,W: curve, fills, residual."""
+    toned = tone.apply(family, photo_B3HW, float32(correction.strength_B3HW))
+    ones_B = namespace(photo_B3HW).ones_like(correction.whole_B)
+    white_B111 = tone.apply(family, ones_B, correction.whole_B)[:, None, None, None]
+    fill = correction.cover_B1HW * (white_B111 - toned) + correction.shift_B3HW
+    return toned + lost(float32(photo_B3HW)) * fill + correction.residual_B3HW
