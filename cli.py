@@ -1,6 +1,5 @@
 """The command line: parse, call one function of the pipeline, print, exit with a code."""
 
-import contextlib
 import logging
 import sys
 from dataclasses import asdict
@@ -15,10 +14,10 @@ from evenlight.cache.errors import EvenlightError, UsageError
 from evenlight.pipeline import exits
 from evenlight.pipeline.console import (
     emit,
-    give_up_stdout,
+    end,
+    finish,
     listen,
     print_failures,
-    print_passed_over,
     print_tree,
     ready_streams,
     stderr,
@@ -114,9 +113,7 @@ def precompute(
             prune=prune,
             on_progress=on_progress,
         )
-    _finish_run(report, as_json)
-    if report.failed:
-        raise typer.Exit(exits.SOME_FAILED)
+    raise typer.Exit(finish(report, as_json))
 
 
 @app.command("tune-clip")
@@ -153,7 +150,7 @@ def regenerate(
     settings = _read(config, set_)
     with watched(quiet, verbose) as on_progress:
         report = run(store, settings=settings, on_progress=on_progress)
-    _finish_run(report, as_json)  # photos that failed did so in precompute: not a failure here
+    finish(report, as_json)  # photos that failed did so in precompute: not a failure here
 
 
 @app.command()
@@ -239,6 +236,7 @@ def correct(
     ] = None,
     workers: Annotated[int, typer.Option(min=1, help="Processes.")] = 1,
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:N or auto.")] = "",
+    runtime: Annotated[str, typer.Option(help="torch; or onnx, with -m of `export`.")] = "torch",
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Only tell what would be done.")
     ] = False,
@@ -269,11 +267,28 @@ def correct(
             format=format_,
             quality=quality,
             workers=workers,
+            runtime=runtime,
             dry_run=dry_run,
         )
-    _finish_run(report, as_json)
-    if report.failed:
-        raise typer.Exit(exits.SOME_FAILED)
+    raise typer.Exit(finish(report, as_json))
+
+
+@app.command()
+def export(
+    out: Annotated[Path, typer.Option("-o", "--out", help="Folder of the graphs.")],
+    model: Annotated[Path | None, typer.Argument(help="A run's folder; default: shipped.")] = None,
+    to: Annotated[str, typer.Option(help="onnx.")] = "onnx",
+    quiet: QuietOption = False,
+    verbose: VerboseOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Write a corrector and its priors as ONNX graphs: `correct --runtime onnx` needs no torch."""
+    from evenlight.pipeline.export import export as run
+
+    with watched(quiet, verbose) as on_progress:
+        made = run(model, out, to=to, on_progress=on_progress)
+    log.info(made.summary())
+    emit(made, as_json)
 
 
 @app.command()
@@ -426,13 +441,6 @@ def _read(config: Path | None, overrides: list[str] | None) -> dict[str, Any]:
     return read(config, overrides or [])
 
 
-def _finish_run(report: Any, as_json: bool) -> None:
-    log.info(report.summary())
-    print_passed_over(report.passed_over)
-    print_failures(report.failed)
-    emit(report, as_json)
-
-
 def main() -> None:
     """Run the command line and map errors to exit codes."""
     listen(logging.INFO)
@@ -446,24 +454,16 @@ def main() -> None:
         raise SystemExit(app(arguments, standalone_mode=not as_json))
     except EvenlightError as error:
         code = next(code for kind, code in exits.EXIT_CODES if isinstance(error, kind))
-        _end(str(error), code, as_json)
-    except MemoryError as error:
-        _end(f"this needs more memory than there is ({error})", exits.ENVIRONMENT, as_json)
+        end(str(error), code, as_json)
+    except (MemoryError, ModuleNotFoundError) as error:
+        end(exits.lacks(error), exits.ENVIRONMENT, as_json)
     except BadUsage as error:
-        _end(error.format_message(), exits.USAGE, as_json)  # type: ignore[attr-defined]
+        end(error.format_message(), exits.USAGE, as_json)  # type: ignore[attr-defined]
     except OSError as error:  # a full disk, say, where nobody knew better
-        _end(str(error), exits.SOME_FAILED, as_json)
+        end(str(error), exits.SOME_FAILED, as_json)
     except exits.Stopped as stopped:
         said = "stopped; what is complete is kept: run the same command again to go on"
-        _end(said, int(stopped.code or 0), as_json)
-
-
-def _end(sentence: str, code: int, as_json: bool) -> None:
-    with contextlib.suppress(OSError):  # stderr or stdout is what failed
-        stderr.print(f"evenlight: {sentence}")
-        emit({"error": sentence, "exit": code}, as_json)
-    give_up_stdout()
-    raise SystemExit(code) from None
+        end(said, int(stopped.code or 0), as_json)
 
 
 if __name__ == "__main__":

@@ -1,11 +1,13 @@
 """What users wait for, in CPU seconds, each beside its peers in the same run.
 
-    python -m benchmarks.speed [--sections precompute correct start scan step] [--repeats 3]
-                               [--json FILE]
+    python -m benchmarks.speed [--sections precompute correct start onnx scan step] [--repeats 3]
+                               [--exported FOLDER] [--json FILE]
 
-One thread. Photos are those that installed packages ship, re-exposed, at a long side of 512. A row
-is the best of the repeats; `times` is its ratio to the first row of its section. mambapy takes part
-where it can be imported (pip install --no-deps --target FOLDER mambapy; PYTHONPATH=FOLDER).
+One thread. Section onnx runs what `evenlight export` wrote into FOLDER (else it is made anew, in
+more than a minute) beside torch. Photos are those that installed packages ship, re-exposed, at a
+long side of 512. A row is the best of the repeats; `times` is its ratio to the first row of its
+section. mambapy takes part where it can be imported (pip install --no-deps --target FOLDER mambapy;
+PYTHONPATH=FOLDER).
 """
 
 import argparse
@@ -28,10 +30,12 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from evenlight.pipeline import config
 from evenlight.pipeline.demo import PHOTOS, installed_photo
+from evenlight.pipeline.export import export
 from evenlight.pipeline.load import load_predictor
 from evenlight.pipeline.models import load_models
 from evenlight.pipeline.parts import PARTS, Part, Tools
 from evenlight.pipeline.precompute import precompute, regenerate
+from evenlight.stages.arrays import from_numpy
 from evenlight.stages.corrector.inputs import rule_corrected
 from evenlight.stages.corrector.network import Corrector
 from evenlight.stages.corrector.scan import scan, scan_reference
@@ -48,8 +52,8 @@ Row = dict[str, str | float]
 class Table:
     """Rows of a run, printed as they come."""
 
-    def __init__(self, repeats: int) -> None:
-        self.repeats = repeats
+    def __init__(self, repeats: int, exported: Path | None) -> None:
+        self.repeats, self.exported = repeats, exported
         self.rows: list[Row] = []
         print(f"{'section':12} {'what':44} {'CPU s':>10} {'times':>8}")
 
@@ -172,6 +176,36 @@ def measure_start(table: Table) -> None:
             table.add("start", what, min(child(call) for _ in range(table.repeats + 1)))
 
 
+def measure_onnx(table: Table) -> None:
+    """Models, a large photo, and whole processes: torch, then ONNX Runtime."""
+    with tempfile.TemporaryDirectory() as folder:
+        exported = table.exported or export(None, Path(folder, "base")).folder
+        given = {"settings": {"judge.prior_good": 0.0}}
+        runtimes = {
+            "torch": load_predictor(**given),
+            "onnx": load_predictor(exported, runtime="onnx", threads=1, **given),
+        }
+        small = photos()[0]
+        large = cv2.resize(small, MEGAPIXELS[::-1], interpolation=cv2.INTER_CUBIC)
+        crops = np.random.default_rng(0).random((25, 3, 160, 160), np.float32)
+        for name, predictor in runtimes.items():
+            table.time(
+                "25 for CLIP", name, lambda p=predictor: p.clip.embed(from_numpy(crops, p.xp))
+            )
+        for name, predictor in runtimes.items():
+            table.time("FastSAM", name, lambda p=predictor: p.segmenter.segment(small))
+        for name, predictor in runtimes.items():
+            table.time("12 megapixel", name, lambda p=predictor: p.correct(large))
+        model = ["-m", str(exported), "--runtime", "onnx"]
+        for what, picture in (("512 process", small), ("12 MP process", large)):
+            photo = Path(folder, "photo.jpg")
+            photo.write_bytes(jpeg_bytes(picture))
+            command = [sys.executable, "-m", "evenlight.cli", "correct", str(photo), "--all"]
+            command += ["-o", str(Path(folder, "out")), "--overwrite"]
+            for name, more in (("torch", []), ("onnx", model)):
+                table.add(what, name, min(child(command + more) for _ in range(table.repeats + 1)))
+
+
 def child(call: list[str]) -> float:
     """CPU seconds of a process."""
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
@@ -237,6 +271,7 @@ SECTIONS = {
     "precompute": measure_precompute,
     "correct": measure_correct,
     "start": measure_start,
+    "onnx": measure_onnx,
     "scan": measure_scan,
     "step": measure_step,
 }
@@ -246,11 +281,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--sections", nargs="+", choices=SECTIONS, default=list(SECTIONS))
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--exported", type=Path)
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     torch.set_num_threads(1)
     cv2.setNumThreads(1)
-    table = Table(options.repeats)
+    table = Table(options.repeats, options.exported)
     for section in options.sections:
         SECTIONS[section](table)
     if options.json:

@@ -60,15 +60,6 @@ def atomic_write(path: Path, data: bytes) -> None:
     sync_folder(path.parent)
 
 
-def sync_folder(folder: Path) -> None:
-    """Make the names in folder durable: renames and unlinks before it survive power loss."""
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def try_to_write(path: Path) -> None:
     """Raise UsageError where a small file could not be written there; nothing is left behind."""
     try:
@@ -78,6 +69,15 @@ def try_to_write(path: Path) -> None:
             file.write(bytes(1 << 16))
     except OSError as error:
         raise UsageError(f"{path} cannot be written: {error.strerror}") from error
+
+
+def sync_folder(folder: Path) -> None:
+    """Make the names in folder durable: renames and unlinks before it survive power loss."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def make_folder(folder: Path) -> None:

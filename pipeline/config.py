@@ -209,6 +209,31 @@ def from_flat(flat: Mapping[str, Any]) -> Settings:
     return Settings(**_sections(flat))
 
 
+def of_training(
+    folder: Path, recorded: dict[str, Any], given: Given, open_: tuple[str, ...]
+) -> Settings:
+    """The settings of training, with those that are open changed as asked; where it ran, and which
+    photos were too large there, does not count."""
+    recorded = {section: dict(fields) for section, fields in recorded.items() if section != "run"}
+    recorded.get("photo", {}).pop("max_megapixels", None)
+    try:
+        trained = resolve(None, recorded)
+    except UsageError as error:
+        raise StoreError(
+            f"{folder} holds a corrector whose settings this version does not know ({error}): "
+            "use the version of evenlight that wrote it, or train again"
+        ) from error
+    settings = resolve(given, recorded)
+    before, now = (flatten(to_dict(s)) for s in (trained, settings))
+    for key, value in now.items():
+        if value != before[key] and key not in open_:
+            raise UsageError(
+                f"{key} = {value!r} cannot be changed after training: corrector {folder} learned "
+                f"with {before[key]!r}; open to change are {', '.join(open_)}"
+            )
+    return settings
+
+
 def _sections(flat: Mapping[str, Any]) -> dict[str, Any]:
     """The sections that some keys speak of, each checked by itself."""
     types = setting_types()

@@ -10,11 +10,12 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, is_dataclass
 from datetime import timedelta
-from typing import Any
+from typing import Any, NoReturn
 
 from rich.console import Console
 
 from evenlight.cache.errors import EnvironmentLacks
+from evenlight.pipeline.exits import SOME_FAILED
 from evenlight.stages.photos.find import without_controls
 
 log = logging.getLogger(__name__)
@@ -156,6 +157,25 @@ def print_passed_over(passed_over: list[tuple[str, str]]) -> None:
     for reason, there in names.items():
         more = f" and {len(there) - NAMED} more" if len(there) > NAMED else ""
         log.info(f"passed over {len(there)}: {', '.join(there[:NAMED])}{more} ({reason})")
+
+
+def finish(report: Any, as_json: bool) -> int:
+    """What a run over photos ends with: its summary, what it passed over, what failed.  Returns
+    the exit code."""
+    log.info(report.summary())
+    print_passed_over(report.passed_over)
+    print_failures(report.failed)
+    emit(report, as_json)
+    return SOME_FAILED if report.failed else 0
+
+
+def end(sentence: str, code: int, as_json: bool) -> NoReturn:
+    """End the process with an error in words."""
+    with contextlib.suppress(OSError):  # stderr or stdout is what failed
+        stderr.print(f"evenlight: {sentence}")
+        emit({"error": sentence, "exit": code}, as_json)
+    give_up_stdout()
+    raise SystemExit(code) from None
 
 
 def print_tree(values: dict[str, Any], indent: int = 0) -> None:

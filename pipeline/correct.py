@@ -17,7 +17,15 @@ from evenlight.cache.files import canonical_json, make_folder, sha256_bytes, sha
 from evenlight.pipeline import config, schedule
 from evenlight.pipeline.config import Given
 from evenlight.pipeline.console import Progress, silent
-from evenlight.pipeline.outputs import PIPE, Job, Options, clean_temporaries, list_jobs, state_of
+from evenlight.pipeline.outputs import (
+    CARDS,
+    PIPE,
+    Job,
+    Options,
+    clean_temporaries,
+    list_jobs,
+    state_of,
+)
 from evenlight.stages.settings import Settings
 from evenlight.stages.weights import shipped
 
@@ -115,7 +123,8 @@ def correct_files(
 
 def _how(model: str | Path | None, flat: dict[str, Any], options: Options) -> str:
     """Digest of all but the photo that decides what an output is; where it runs does not."""
-    corrector = (shipped("base") if model is None else Path(model)) / "corrector.json"
+    folder = shipped("base") if model is None else Path(model)
+    corrector = folder / CARDS[options.runtime]
     digest = sha256_file(corrector) if corrector.is_file() else ""  # loading says what is wrong
     changes = {key: value for key, value in flat.items() if not key.startswith("run.")}
     ways = [options.strength, options.format, options.quality]
@@ -146,7 +155,8 @@ def _correct_all(
 
     model, settings, options, how = asked
     if options.workers == 1:
-        predictor_of(model, settings)  # what lacks is told before a folder is made
+        # what lacks is told before a folder is made
+        predictor_of(model, settings, options.runtime, options.workers)
     try:
         make_folder(jobs[0].folder or out.absolute().parent)
     except OSError as error:

@@ -103,7 +103,7 @@ def correct(
 
 @functools.lru_cache(maxsize=1)
 def predictor_of(
-    model: str | None, settings: str, runtime: str = "torch", workers: int = 1
+    model: str | None, settings: str, runtime: str = "torch", workers: int = 1, /
 ) -> Predictor:
     """The corrector, loaded once in a process.  settings: changes, as JSON.  workers: processes,
     of which this is one."""

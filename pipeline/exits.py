@@ -14,6 +14,13 @@ EXIT_CODES: tuple[tuple[type[EvenlightError], int], ...] = (
 )
 
 
+def lacks(error: MemoryError | ModuleNotFoundError) -> str:
+    """What the environment lacks, in words."""
+    if isinstance(error, ModuleNotFoundError):
+        return f"this needs {error.name}, which is not installed"
+    return f"this needs more memory than there is ({error})"
+
+
 class Stopped(SystemExit):
     """Ctrl-C or SIGTERM: what is being written is left whole or absent on the way out."""
 

@@ -8,10 +8,9 @@ from evenlight.cache.errors import EnvironmentLacks, StoreError, UsageError
 from evenlight.cache.files import checked
 from evenlight.pipeline import config
 from evenlight.pipeline.config import Given
-from evenlight.pipeline.models import choose_device, load_models, priors_of, read_judge
-from evenlight.stages.corrector.checkpoint import load_corrector
+from evenlight.pipeline.models import Priors, choose_device, load_models, priors_of, read_judge
+from evenlight.pipeline.outputs import CARDS
 from evenlight.stages.corrector.predictor import Predictor
-from evenlight.stages.settings import Settings
 from evenlight.stages.weights import shipped
 
 # What may differ from training: where it runs, which photos are too large, where weights lie
@@ -23,36 +22,45 @@ OPEN_SETTINGS = (
 
 
 @dataclass(frozen=True)
-class _Priors:
-    """Fingerprints, as `priors_of` gives."""
-
-    segmenter: str
-    clip: str
-    judge: str
-
-
-@dataclass(frozen=True)
 class _About:
     """What the info of a corrector says of how it is used."""
 
     settings: dict[str, dict[str, Any]]
-    priors: _Priors
+    priors: Priors
 
 
-def load_predictor(model: str | Path | None = None, *, settings: Given = None) -> Predictor:
+def load_predictor(
+    model: str | Path | None = None,
+    *,
+    settings: Given = None,
+    runtime: str = "torch",
+    threads: int = 0,
+) -> Predictor:
     """The corrector of a training run's folder, or the shipped one for None, ready to correct.
 
-    settings: changes to OPEN_SETTINGS, on top of those of the training.  Raises StoreError where
-    the priors here are not those it was trained with, EnvironmentLacks where weights are missing.
+    settings: changes to OPEN_SETTINGS, on top of those of the training.  runtime: torch; or onnx,
+    where model is a folder that `export` made and torch is never imported (threads: of it, 0 is
+    one for each core).  Raises StoreError where the priors here are not those it was trained with,
+    EnvironmentLacks where weights are missing.
     """
+    if runtime == "onnx":
+        from evenlight.pipeline.exported import load_exported
+
+        if model is None:
+            raise UsageError("--runtime onnx needs -m FOLDER, one that 'evenlight export' made")
+        return load_exported(Path(model), settings, threads)
+    from evenlight.stages.corrector.checkpoint import load_corrector
+
     folder = shipped("base") if model is None else Path(model)
     if model is None and not folder.is_dir():
         raise EnvironmentLacks(
             "no corrector ships with this version: train one and name its folder with -m"
         )
+    if (folder / CARDS["onnx"]).is_file():
+        raise UsageError(f"{folder} holds an exported corrector: --runtime onnx runs it")
     network, info, extra = load_corrector(folder)
     about = checked(_About, info, folder / "corrector.json")
-    complete = _settings(folder, about.settings, settings)
+    complete = config.of_training(folder, about.settings, settings, OPEN_SETTINGS)
     models = load_models(complete)
     tensors = {key.removeprefix("judge."): value for key, value in extra.items()}
     judge = read_judge(tensors, f"the judge of corrector {folder}")
@@ -70,26 +78,3 @@ def load_predictor(model: str | Path | None = None, *, settings: Given = None) -
         clip=models.clip,
         judge=judge,
     )
-
-
-def _settings(folder: Path, recorded: dict[str, Any], given: Given) -> Settings:
-    """The settings of training, with open ones changed as asked; where it ran, and which photos
-    were too large there, does not count."""
-    recorded = {section: dict(fields) for section, fields in recorded.items() if section != "run"}
-    recorded.get("photo", {}).pop("max_megapixels", None)
-    try:
-        trained = config.resolve(None, recorded)
-    except UsageError as error:
-        raise StoreError(
-            f"{folder} holds a corrector whose settings this version does not know ({error}): "
-            "use the version of evenlight that wrote it, or train again"
-        ) from error
-    settings = config.resolve(given, recorded)
-    before, now = (config.flatten(config.to_dict(s)) for s in (trained, settings))
-    for key, value in now.items():
-        if value != before[key] and key not in OPEN_SETTINGS:
-            raise UsageError(
-                f"{key} = {value!r} cannot be changed after training: corrector {folder} learned "
-                f"with {before[key]!r}; open to change are {', '.join(OPEN_SETTINGS)}"
-            )
-    return settings

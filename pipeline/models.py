@@ -24,6 +24,15 @@ class Models:
     clip: "ClipModel"
 
 
+@dataclass(frozen=True)
+class Priors:
+    """Fingerprints, as `priors_of` gives."""
+
+    segmenter: str
+    clip: str
+    judge: str
+
+
 def load_models(settings: Settings) -> Models:
     """Segmenter and CLIP as the settings name them, on the device they name."""
     device = choose_device(settings.run.device)

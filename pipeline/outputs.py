@@ -19,6 +19,7 @@ from evenlight.stages.photos.find import FORMAT_OF, PhotoSource, also_there, fin
 PIPE = Path("-")  # stdin as a photo, stdout as an output
 MAX_STRENGTH = 1.5
 SUFFIX_OF = {"jpeg": ".jpg", "png": ".png", "tiff": ".tif", "webp": ".webp"}
+CARDS = {"torch": "corrector.json", "onnx": "evenlight.json"}  # of a model, by what runs it
 MARK = "user.evenlight"  # the attribute of an output that says what it was made from
 
 
@@ -28,7 +29,8 @@ class Options:
     outputs that are there, "changed" replaces those whose photo, model, strength or settings are
     others now, True all, False none.  suffix: stands behind the name of every output.  format:
     jpeg, png, tiff, webp, or same.  quality: 1 to 100, of lossy formats; None: as the photo came.
-    workers: processes.  dry_run: only tell what would be done.
+    workers: processes.  dry_run: only tell what would be done.  runtime: torch, or onnx (models
+    that `export` made).
     """
 
     strength: float = 1.0
@@ -38,6 +40,7 @@ class Options:
     quality: int | None = None
     workers: int = 1
     dry_run: bool = False
+    runtime: str = "torch"
 
     def __post_init__(self) -> None:
         refuse_strength(self.strength)
@@ -51,6 +54,8 @@ class Options:
             raise UsageError(f"quality must be 1 to 100, got {self.quality}")
         if self.workers < 1:
             raise UsageError(f"workers must be at least 1, got {self.workers}")
+        if self.runtime not in CARDS:
+            raise UsageError(f"runtime is {' or '.join(CARDS)}, got {self.runtime!r}")
 
 
 def refuse_strength(strength: float) -> None:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from evenlight.cache.errors import UsageError
-from evenlight.stages.corrector.blocks import SpatialMamba
+from evenlight.stages.corrector.blocks import Fourier, SpatialMamba
 from evenlight.stages.corrector.correction import Correction, correct, lost
 from evenlight.stages.corrector.network import MAX_OFFSET, MAX_RESIDUAL, Corrector
 from evenlight.stages.priors import tone
@@ -211,6 +211,15 @@ def test_bfloat16_autocast_keeps_the_output_finite_and_close():
         rough = correct(photo, network(photo, proto, p3, t), "film")
     assert rough.dtype == torch.float32 and torch.isfinite(rough).all()
     assert float((rough - exact).abs().mean()) < 0.02
+
+
+@pytest.mark.parametrize("size", [(1, 1), (2, 3), (8, 8), (7, 10), (12, 5)])
+def test_the_fourier_transform_as_it_is_exported_is_torch_s(size):
+    x = torch.randn(2, 3, *size, generator=torch.Generator().manual_seed(0))
+    fourier, wanted = Fourier(*size), torch.fft.rfft2(x, norm="ortho")
+    real, imag = fourier.forward(x)
+    assert torch.allclose(torch.complex(real, imag), wanted, atol=1e-5)
+    assert torch.allclose(fourier.inverse(real, imag), x, atol=1e-5)
 
 
 def test_sizes_keep_their_budgets_of_parameters():

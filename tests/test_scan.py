@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from evenlight.stages.corrector import scan as scans
-from evenlight.stages.corrector.scan import scan, scan_blocked, scan_reference
+from evenlight.stages.corrector.scan import scan, scan_blocked, scan_doubling, scan_reference
 
 LENGTHS = [1, 2, 3, 5, 16, 17, 63, 144, 1000, 4096]
 
@@ -42,6 +42,14 @@ def test_the_blocked_scan_equals_the_loop_forward_and_backward(length, reverse, 
     for got, want in zip(run(scan, a, b, g, reverse=reverse), expected, strict=True):
         assert got.dtype == dtype and got.shape == want.shape
         assert relative_error(got, want) <= bound
+
+
+@pytest.mark.parametrize("length", LENGTHS)
+@pytest.mark.parametrize("reverse", [False, True])
+def test_the_scan_as_it_is_exported_equals_the_loop(length, reverse):
+    a, b, _ = coefficients(length, torch.float32)
+    got, want = scan_doubling(a, b, reverse), scan_reference(a, b, reverse)
+    assert got.shape == want.shape and relative_error(got, want) <= 1e-5
 
 
 def test_the_loop_is_the_recurrence():

@@ -95,7 +95,7 @@ class Corrector(nn.Module):
     def correction_of(
         self, photo_13HW: Tensor, proto_132hw: Tensor, p3_1Chw: Tensor, strength: float
     ) -> Correction:
-        """`forward` of one photo on the CPU, answered there."""
+        """`forward` of one photo, whose tensors lie on the CPU, as the answer does."""
         device = next(self.parameters()).device
         inputs = (x.to(device) for x in (photo_13HW, proto_132hw, p3_1Chw))
         correction = self(*inputs, torch.tensor([strength], device=device))
