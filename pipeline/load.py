@@ -49,8 +49,6 @@ def load_predictor(
         if model is None:
             raise UsageError("--runtime onnx needs -m FOLDER, one that 'evenlight export' made")
         return load_exported(Path(model), settings, threads)
-    from evenlight.stages.corrector.checkpoint import load_corrector
-
     folder = shipped("base") if model is None else Path(model)
     if model is None and not folder.is_dir():
         raise EnvironmentLacks(
@@ -58,6 +56,8 @@ def load_predictor(
         )
     if (folder / CARDS["onnx"]).is_file():
         raise UsageError(f"{folder} holds an exported corrector: --runtime onnx runs it")
+    from evenlight.stages.corrector.checkpoint import load_corrector
+
     network, info, extra = load_corrector(folder)
     about = checked(_About, info, folder / "corrector.json")
     complete = config.of_training(folder, about.settings, settings, OPEN_SETTINGS)

@@ -139,6 +139,13 @@ def test_what_is_amiss_with_a_folder_is_said_in_words(exported, model, tmp_path)
         refused(folder, StoreError, words)
 
 
+def test_what_needs_torch_says_so_where_there_is_none(tmp_path):
+    cv2.imwrite(str(tmp_path / "a.png"), data.astronaut())
+    command = [sys.executable, "-c", WITHOUT_TORCH, "correct", str(tmp_path), "-o", "out"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 4 and "evenlight: this needs torch" in done.stderr
+
+
 def test_a_graph_that_answers_otherwise_than_its_model_is_refused():
     def drifting(x: torch.Tensor) -> tuple[torch.Tensor]:
         calls.append(x)
