@@ -1,8 +1,8 @@
 """evenlight: mends badly exposed photographs, learning from unlabelled photos.
 
 The act on one photo is `correct`; each command is a function: `correct_files` (the command
-`correct`), `precompute`, `tune_clip`, `regenerate`, `train`, `evaluate`, `report`.  All are
-imported at their first use, so that importing evenlight costs nothing.
+`correct`), `precompute`, `tune_clip`, `regenerate`, `train`, `evaluate`, `export`, `report`.  All
+are imported at their first use, so that importing evenlight costs nothing.
 """
 
 import importlib
@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from evenlight.pipeline.correct import correct_files
     from evenlight.pipeline.correct_photo import correct
     from evenlight.pipeline.evaluate import evaluate
+    from evenlight.pipeline.export import export
     from evenlight.pipeline.judge import tune_clip
     from evenlight.pipeline.load import load_predictor
     from evenlight.pipeline.precompute import precompute, regenerate
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 __all__ = [
-    "Predictor", "correct", "correct_files", "evaluate", "load_predictor", "precompute",
+    "Predictor", "correct", "correct_files", "evaluate", "export", "load_predictor", "precompute",
     "regenerate", "report", "train", "tune_clip",
 ]  # fmt: skip
 _HOMES = {
@@ -29,6 +30,7 @@ _HOMES = {
     "correct": "evenlight.pipeline.correct_photo",
     "correct_files": "evenlight.pipeline.correct",
     "evaluate": "evenlight.pipeline.evaluate",
+    "export": "evenlight.pipeline.export",
     "load_predictor": "evenlight.pipeline.load",
     "precompute": "evenlight.pipeline.precompute",
     "regenerate": "evenlight.pipeline.precompute",
