@@ -25,6 +25,7 @@ from evenlight.stages import exporting
 from evenlight.stages.corrector.checkpoint import save_corrector
 from evenlight.stages.corrector.network import Corrector
 from evenlight.stages.priors.judge import Judge
+from evenlight.stages.settings import Settings
 
 TOLERANCE = 2  # levels of 255 between the two at a pixel; all but one in a thousand are within 1
 WITHOUT_TORCH = """
@@ -35,16 +36,22 @@ main()
 """
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory) -> Path:
-    """A tiny corrector, as after training, with the priors that ship."""
-    settings = config.build(overrides=["network.size=tiny", "train.size=128", "photo.size=256"])
-    models = load_models(settings)
+def trained(settings: Settings, p3_channels: int) -> Corrector:
+    """A tiny corrector as after training."""
     torch.manual_seed(0)
-    network = Corrector(settings.network, models.segmenter.p3_channels)
+    network = Corrector(settings.network, p3_channels).eval()
     with torch.no_grad():
         for parameter in network.parameters():
             parameter.add_(0.03 * torch.randn_like(parameter))
+    return network
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> Path:
+    """A tiny corrector with the priors that ship."""
+    settings = config.build(overrides=["network.size=tiny", "train.size=128", "photo.size=256"])
+    models = load_models(settings)
+    network = trained(settings, models.segmenter.p3_channels)
     judge = Judge.shipped(models.clip)
     info = {"settings": config.to_dict(settings), "priors": priors_of(models, judge.fingerprint)}
     extra = {f"judge.{name}": tensor for name, tensor in judge.tensors.items()}
@@ -95,6 +102,18 @@ def test_a_process_without_torch_gives_the_pictures_of_torch(exported, model, ph
         apart = np.abs(ours - torchs)
         assert apart.max() <= TOLERANCE and (apart > 1).mean() < 1e-3, (photo.name, apart.max())
         assert np.abs(ours - read(photo)).mean() > 3
+
+
+@pytest.mark.slow
+def test_a_network_of_the_paper_s_kind_is_exported_as_well():
+    kind = ["network.head=residual", "network.attention=channel"]
+    settings = config.build(overrides=["network.size=tiny", "train.size=64", *kind])
+    models = load_models(settings)
+    network = trained(settings, models.segmenter.p3_channels)
+    judge = Judge.shipped(models.clip)
+    exports = exporting.exports_of(network, models.segmenter, models.clip, judge, settings)
+    _, difference = exporting.graph_of("corrector", exports["corrector"])
+    assert difference < exporting.TOLERANCE
 
 
 @pytest.mark.slow
