@@ -177,7 +177,7 @@ MUTANTS = (
            "    with _one_unit, Store.attach", "    with Store.attach",
            "test_cluster.py -k take_turns"),
     Mutant("MemoryError is of one photo", "pipeline/failures.py",
-           "    except MemoryError as error:", "    except ZeroDivisionError as error:",
+           "    except (MemoryError, ModuleNotFoundError) as", "    except ModuleNotFoundError as",
            "test_precompute.py -k more_memory"),
     Mutant("a pseudo-GT of one colour is a failure", "pipeline/parts.py",
            '    if of_one_colour and np.ptp(have["photo"], axis=(0, 1)).max() > FLAT:',
@@ -305,7 +305,7 @@ MUTANTS = (
     Mutant("the path of --csv is tried first", "cli.py",
            "        try_to_write(csv)\n", "        pass\n", "test_evaluate.py -k found_out_before"),
     Mutant("memory that lacks is a sentence", "cli.py",
-           "    except MemoryError as error:", "    except ZeroDivisionError as error:",
+           "    except (MemoryError, ModuleNotFoundError) as", "    except ModuleNotFoundError as",
            "test_cli.py -k one_sentence_and_their_code"),
 )  # fmt: skip
 
