@@ -38,7 +38,7 @@ IMPORTERS = {
     "dask": {"pipeline/schedule.py"},
     "typer": {"cli.py"},
     "rich": {"pipeline/console.py"},
-    "pyvips": {"stages/photos/libvips.py"},
+    "pyvips": {"stages/photos/libvips.py", "stages/photos/tables.py"},
     "pillow_heif": {"stages/photos/heic.py"},
 }
 FORBIDDEN_IMPORTS = {"pickle", "cPickle", "dill", "cloudpickle", "marshal", "shelve"}

@@ -35,6 +35,7 @@ from evenlight.stages.photos.libvips import Opened, open_photo
 from evenlight.stages.photos.memory import free_memory
 from evenlight.stages.photos.metadata import Metadata, read_metadata
 from evenlight.stages.photos.plain import open_array, open_bmp
+from evenlight.stages.photos.tables import Tables, tables_of_profile
 
 Image.MAX_IMAGE_PIXELS = None  # Pillow's limit would only overrule photo.max_megapixels
 # Pillow says so of metadata that a note speaks of.
@@ -67,7 +68,7 @@ class Encoding:
     # Where its primaries are not sRGB's: `gamut.primaries_of`.
     primaries: np.ndarray | None = None
     # Where the file's numbers are not sRGB-encoded: its curves, and the type of its samples.
-    transfer: Transfer | None = None
+    transfer: Transfer | Tables | None = None
     stored: np.dtype | None = None
 
 
@@ -264,7 +265,7 @@ def _srgb_encoded(photo: Photo, data: bytes, ifds: tuple[Ifd, ...]) -> Photo:
     )
 
 
-def _transfer(photo: Photo, data: bytes) -> tuple[Photo, Transfer | None]:
+def _transfer(photo: Photo, data: bytes) -> tuple[Photo, Transfer | Tables | None]:
     """The curves of the photo's numbers, None for sRGB's; HDR is refused."""
     if photo.format in ("avif", "heic") and photo.bit_depth > 8:
         at = data.find(b"colrnclx")
@@ -276,9 +277,22 @@ def _transfer(photo: Photo, data: bytes) -> tuple[Photo, Transfer | None]:
     if photo.metadata.icc is None:
         return photo, transfer_of_png(photo.metadata.png)
     try:
-        return photo, transfer_of_profile(photo.metadata.icc)
+        tables = tables_of_profile(photo.metadata.icc)
+        if tables is not None and not tables.lead_back:
+            return _without_profile(photo, tables), None
+        return photo, tables or transfer_of_profile(photo.metadata.icc)
     except PhotoError as error:
         return replace(photo, metadata=photo.metadata.noting(str(error))), None
+
+
+def _without_profile(photo: Photo, tables: Tables) -> Photo:
+    """The photo in sRGB, since its profile only leads there."""
+    pixels = tables.to_srgb(photo.pixels)
+    if photo.bit_depth == 8:
+        pixels = np.rint(pixels / np.float32(257)).astype(np.uint8)
+    metadata = replace(photo.metadata, icc=None)
+    note = "its colours were converted to sRGB: its profile has no table that leads back"
+    return replace(photo, pixels=pixels, metadata=metadata.noting(note))
 
 
 def _cmyk_to_srgb(cmyk: np.ndarray, metadata: Metadata) -> tuple[np.ndarray, Metadata]:
