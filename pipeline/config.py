@@ -98,8 +98,8 @@ def of_store(store: str | Path, given: Given = None, *, making: bool = False) ->
     return resolve(given, base)
 
 
-def recorded(path: str | Path) -> dict[str, Any]:
-    """The settings that a store or a training run was made with, by key, as far as they are known.
+def recorded(path: str | Path) -> Settings:
+    """The settings that a store or a training run was made with; the defaults of what is unknown.
 
     Raises UsageError where there is neither, StoreError where it is damaged.
     """
@@ -108,9 +108,9 @@ def recorded(path: str | Path) -> dict[str, Any]:
         from evenlight.cache.store import Store
 
         with Store.open(path) as opened:
-            return known(opened.index.settings)
+            return resolve(None, known(opened.index.settings))
     if (path / "settings.toml").exists():
-        return known(_read_toml(path / "settings.toml"))
+        return resolve(None, known(_read_toml(path / "settings.toml")))
     raise UsageError(f"{path} is no store and no training run: it holds no settings")
 
 

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from evenlight.pipeline import config
+from evenlight.stages.photos.find import without_controls
 from evenlight.stages.settings import AFFECTS, Settings
 
 WIDEST = 44  # characters of a column; a longer text pushes the rest of its line
@@ -29,11 +30,7 @@ def settings(diff: str | Path | None = None) -> list[SettingRow]:
     Raises UsageError where diff is neither, StoreError where it is damaged.
     """
     defaults = config.flatten(config.to_dict(Settings()))
-    there = (
-        defaults
-        if diff is None
-        else config.flatten(config.to_dict(config.resolve(None, config.recorded(diff))))
-    )
+    there = defaults if diff is None else config.flatten(config.to_dict(config.recorded(diff)))
     return [
         SettingRow(
             setting=key,
@@ -56,7 +53,7 @@ def to_text(rows: list[SettingRow]) -> str:
     headings |= {"value": "here", "stale": "makes stale"}
     lines = [headings, *(vars(row) for row in rows)]
     columns = [
-        [line[name] for line in lines]
+        [line[name] and without_controls(line[name]) for line in lines]
         for name in headings
         if any(vars(row)[name] is not None for row in rows)
     ]

@@ -61,6 +61,13 @@ def test_a_difference_shows_what_a_store_or_a_run_was_made_with(
     assert {row["setting"]: tomllib.loads("x=" + row["value"])["x"] for row in rows} == changed
 
 
+def test_what_a_run_holds_moves_no_terminal(tmp_path, monkeypatch, capsys):
+    text = '[clip]\nweights = "\\u001b[2J\\n.pt"\n'
+    (tmp_path / "settings.toml").write_text(text, encoding="utf-8")
+    said = listed(monkeypatch, capsys, "--diff", tmp_path).out
+    assert "\x1b" not in said and len(said.splitlines()) == 2 and "[2J" in said
+
+
 def test_what_differs_in_nothing_is_told_and_what_holds_no_settings_is_refused(
     tmp_path, monkeypatch, capsys
 ):
