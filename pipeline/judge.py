@@ -38,18 +38,19 @@ class TuneReport:
     def sentences(self) -> list[str]:
         """What was found, what decides now, and what to do next, in plain words."""
         found, said = self.judge_report, self.prompts_report
-        strengths = words = "kept as they were, because "
+        strengths = words = "kept as they were: "
         if self.judge_accepted:
             strengths = (
-                f"tuned: on held-out photos off by {found['error']:.3f}, before by "
+                f"tuned: their error on held-out photos is {found['error']:.3f}, before "
                 f"{found['error_before']:.3f}"
             )
         else:
             strengths += found["reason"]
         if self.prompts_accepted:
             words = (
-                f"tuned: {said['accuracy']:.1%} of held-out exposures named rightly, before "
-                f"{said['accuracy_untuned']:.1%}"
+                f"tuned: they name {said['accuracy']:.1%} of held-out exposures rightly, before "
+                f"{said['accuracy_untuned']:.1%}, and rank them with {said['spearman']:.3f}, "
+                f"before {said['spearman_untuned']:.3f}"
             )
         else:
             words += said["reason"]

@@ -107,12 +107,16 @@ def tune(judge: Judge, cached: Cached, settings: JudgeSettings) -> TunedJudge:
     report |= {name: round(now[name], 4) for name in now}
     better = now["error"] < (1 - LEAST_GAIN) * was["error"]
     kept = now["disagreement"] <= was["disagreement"] and now["spared"] >= was["spared"] - 0.02
-    if not (better and kept):
+    if not better:
         report["reason"] = (
-            f"tuned, they are off by {now['error']:.3f} on held-out photos, before by "
-            f"{was['error']:.3f}, contradict each other by {now['disagreement']:.3f}, before by "
-            f"{was['disagreement']:.3f}, and leave {now['spared']:.0%} of the good ones alone, "
-            f"before {was['spared']:.0%}"
+            f"tuned, their error on held-out photos is {now['error']:.3f}, before "
+            f"{was['error']:.3f}: that gains too little"
+        )
+    elif not kept:
+        report["reason"] = (
+            f"tuned, they contradict each other by {now['disagreement']:.3f} (before "
+            f"{was['disagreement']:.3f}) and leave {now['spared']:.0%} of the good photos alone "
+            f"(before {was['spared']:.0%})"
         )
     return TunedJudge(tuned, better and kept, report)
 
