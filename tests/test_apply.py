@@ -55,6 +55,22 @@ def test_strength_zero_and_a_correction_of_nothing_leave_every_bit(height, width
     assert np.array_equal(apply.apply_maps(photo, corrected_by(small, 0.0)), photo)
 
 
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
+def test_a_window_is_that_part_of_the_whole_grain_taken_out_alike(monkeypatch, dtype):
+    monkeypatch.setattr(apply, "STRIP_PIXELS", 40 * 7)
+    photo = noise_photo(90, 120, dtype) // 4
+    noise = np.random.default_rng(0).normal(0, np.iinfo(dtype).max / 100, photo.shape)
+    noise[:, 60:] *= 3  # in the window it is not as in the whole
+    photo = np.clip(photo + noise, 0, np.iinfo(dtype).max).astype(dtype)
+    maps = corrected_by(working(photo, 64), 1.0)
+    whole = apply.apply_maps(photo, maps, 0.8)
+    for window in ((slice(0, 90), slice(0, 120)), (slice(31, 60), slice(77, 118))):
+        part = apply.apply_maps(photo, maps, 0.8, window)
+        assert part.dtype == dtype and part.shape == whole[window].shape
+        away = np.abs(part.astype(float) - whole[window]).max()
+        assert away <= np.iinfo(dtype).max / 255  # rounding of vectorised logarithms
+
+
 @pytest.mark.parametrize("shape", [(100, 150), (151, 77), (400, 300), (37, 1000)])
 @pytest.mark.parametrize("rows", [1, 7, 64])
 def test_strips_give_the_same_photo_as_the_whole(monkeypatch, shape, rows):

@@ -49,44 +49,60 @@ def fit_maps(photo_13hw: Array, correction: Correction, family: str) -> Maps:
     return Maps(whole=correction.whole_B, a=a, b=b, fill=fill, family=family)
 
 
-def apply_maps(pixels_HW3: np.ndarray, maps: Maps, strength: float = 1.0) -> np.ndarray:
+def apply_maps(
+    pixels_HW3: np.ndarray,
+    maps: Maps,
+    strength: float = 1.0,
+    window: tuple[slice, slice] | None = None,
+) -> np.ndarray:
     """The corrected photo, same shape and dtype (uint8 or uint16, RGB, sRGB-encoded).
 
-    strength: 0 leaves every value as it is, 1 applies the whole correction.
+    strength: 0 leaves every value as it is, 1 applies the whole correction.  window: rows and
+    columns that are wanted, within the photo, each with a start and a stop; None: all.
     """
     height, width = pixels_HW3.shape[:2]
-    out = np.empty_like(pixels_HW3)
-    rows = max(1, (NUMPY_STRIP if namespace(maps.a) is np else STRIP_PIXELS) // width)
+    rows, columns = window or (slice(0, height), slice(0, width))
+    xp = namespace(maps.a)
+    step = max(1, (NUMPY_STRIP if xp is np else STRIP_PIXELS) // (columns.stop - columns.start))
     share = min(1.0, strength * maps.whole.item() / LIFTED)
     deviation = grain.grain_of(pixels_HW3) if share > 0 else 0.0
-    for top in range(0, height, rows):
-        strip = slice(top, min(top + rows, height))
-        rgb = _calm_strip(pixels_HW3, strip, deviation, share, namespace(maps.a))
-        out[strip] = _corrected_strip(rgb, strip, height, maps, strength, pixels_HW3.dtype)
+    out = np.empty_like(pixels_HW3[rows, columns])
+    for top in range(rows.start, rows.stop, step):
+        place = slice(top, min(top + step, rows.stop)), columns
+        rgb = _calm(pixels_HW3, place, deviation, share, xp)
+        corrected = _corrected(rgb, place, (height, width), maps, strength)
+        scaled = xp.clip(xp.moveaxis(corrected[0], 0, 2), 0, 1) * np.iinfo(out.dtype).max
+        out[top - rows.start :][: len(scaled)] = to_numpy(xp.round(scaled)).astype(out.dtype)
     return out
 
 
-def _calm_strip(pixels: np.ndarray, strip: slice, deviation: float, share: float, xp: Any) -> Array:
-    """Rows `strip` of the photo, 1,3,rows,W in [0, 1] of xp, without grain of that deviation."""
+def _calm(
+    pixels: np.ndarray, place: tuple[slice, slice], deviation: float, share: float, xp: Any
+) -> Array:
+    """The photo at that place, 1,3,h,w in [0, 1] of xp, without grain of that deviation."""
     reach = grain.REACH if deviation else 0
-    top = max(0, strip.start - reach)
-    values = pixels[top : strip.stop + reach].astype(np.float32) / np.iinfo(pixels.dtype).max
+    top, left = (max(0, side.start - reach) for side in place)
+    rows, columns = place
+    around = pixels[top : rows.stop + reach, left : columns.stop + reach]
+    values = around.astype(np.float32) / np.iinfo(pixels.dtype).max
     if deviation:
         values = grain.smoothed(values, deviation, share)
-    values = values[strip.start - top :][: strip.stop - strip.start]
+    values = values[rows.start - top :, columns.start - left :]
+    values = values[: rows.stop - rows.start, : columns.stop - columns.start]
     return xp.moveaxis(from_numpy(values, xp), 2, 0)[None]
 
 
-def _corrected_strip(
-    rgb: Array, strip: slice, height: int, maps: Maps, strength: float, dtype: np.dtype
-) -> np.ndarray:
-    xp = namespace(rgb)
-    a, b, fill = (_strip_of(x, strip, height, rgb.shape[3]) for x in (maps.a, maps.b, maps.fill))
+def _corrected(
+    rgb: Array, place: tuple[slice, slice], size: tuple[int, int], maps: Maps, strength: float
+) -> Array:
+    """size: of the whole photo, pixels."""
+    (height, width), (strip, columns) = size, place
+    a, b, fill = (
+        _strip_of(x, strip, height, width)[..., columns] for x in (maps.a, maps.b, maps.fill)
+    )
     lines = a * luma(rgb) + b
     correction = Correction(maps.whole, lines[:, :3], fill[:, :1], fill[:, 1:], lines[:, 3:])
-    corrected = correct(rgb, correction.scaled(strength), maps.family)
-    scaled = xp.clip(xp.moveaxis(corrected[0], 0, 2), 0, 1) * np.iinfo(dtype).max
-    return to_numpy(xp.round(scaled)).astype(dtype)
+    return correct(rgb, correction.scaled(strength), maps.family)
 
 
 def _strip_of(low_1Chw: Array, strip: slice, height: int, width: int) -> Array:
