@@ -25,6 +25,7 @@ from evenlight.pipeline.console import Progress, silent
 from evenlight.pipeline.correct_photo import Change, change_between
 from evenlight.pipeline.failures import one_photo
 from evenlight.pipeline.outputs import origin_of
+from evenlight.pipeline.page import page
 from evenlight.pipeline.parts import cut
 from evenlight.pipeline.report_pictures import Pictures, halves, jpeg, overlays, shrunk
 from evenlight.stages.photos.decode import Photo, decode
@@ -37,7 +38,6 @@ if TYPE_CHECKING:
     from evenlight.stages.corrector.predictor import Predictor
 
 log = logging.getLogger(__name__)
-PAGE = Path(__file__).with_name("report.html")
 INSIDE = 8  # photos; the pictures of more lie in a folder beside the page
 SIDE = 2048  # pixels, the longer side of a picture
 POINTS = 500  # of a curve
@@ -121,7 +121,7 @@ def report(
         },
     }
     text = json.dumps(data, allow_nan=False).replace("<", "\\u003c")  # ends no script element
-    atomic_write(out, PAGE.read_text(encoding="ascii").replace("{DATA}", text, 1).encode())
+    atomic_write(out, page("report.html").replace("{DATA}", text, 1).encode())
     return ReportResult(page=out, photos=len(rows), failed=failed)
 
 

@@ -5,7 +5,6 @@ import io
 import json
 import math
 import re
-import shutil
 from dataclasses import fields
 from pathlib import Path
 from urllib.parse import unquote
@@ -27,7 +26,6 @@ from evenlight.pipeline.report_pictures import halves, overlays
 from evenlight.stages.photos.decode import Photo
 from evenlight.stages.priors.tones import STRENGTHS
 
-CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
 ROW = dict.fromkeys((field.name for field in fields(Row)), math.nan)
 
 
@@ -225,22 +223,6 @@ def test_what_cannot_be_shown_is_refused(store, tmp_path):
 
 
 # What it does
-
-
-@pytest.fixture(scope="module")
-def browser():
-    if not (CHROMIUM and DRIVER):
-        pytest.skip("chromium and chromedriver are not installed")
-    from selenium import webdriver
-
-    options = webdriver.ChromeOptions()
-    options.binary_location = CHROMIUM
-    for argument in ("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"):
-        options.add_argument(argument)
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-    driver = webdriver.Chrome(options, webdriver.ChromeService(DRIVER))
-    yield driver
-    driver.quit()
 
 
 def shown_in(browser, page: Path, width: int = 1200, height: int = 900):
