@@ -1,12 +1,11 @@
 """Files that are whole or absent: atomic writes, sealed JSON, digests, and the lock of a store.
 
-Every byte of a store goes to disk through `atomic_write`. POSIX only (flock, fsync of folders).
+Every byte of a store goes to disk through `atomic_write`. What systems do differently: system.py.
 """
 
 import atexit
 import contextlib
 import errno
-import fcntl
 import functools
 import hashlib
 import json
@@ -25,7 +24,9 @@ from typing import Any, Self, TypeVar
 
 from pydantic import TypeAdapter, ValidationError
 
+from evenlight.cache import system
 from evenlight.cache.errors import StoreError, UsageError
+from evenlight.cache.system import POSIX, WRITE_NEW, lock_folder, sync_folder
 
 Checked = TypeVar("Checked")
 TEMPORARY_SUFFIX = ".evenlight-tmp"
@@ -40,10 +41,10 @@ def atomic_write(path: Path, data: bytes) -> None:
     On return file and name are on disk (fsync of both). Raises OSError that names path, leaving no
     temporary.
     """
-    start = os.fsdecode(os.fsencode(path.name)[:200])  # a name has at most 255 bytes
+    start = start_of_temporary(path.name)
     temporary = path.with_name(f".{start}.{secrets.token_hex(8)}{TEMPORARY_SUFFIX}")
     try:
-        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+        descriptor = os.open(temporary, WRITE_NEW, 0o666)
         try:
             remaining = memoryview(data)
             while remaining:
@@ -60,6 +61,14 @@ def atomic_write(path: Path, data: bytes) -> None:
     sync_folder(path.parent)
 
 
+def start_of_temporary(name: str) -> str:
+    """How the temporaries of a file of that name begin, after a dot: a name has at most 255 bytes,
+    or UTF-16 units on Windows."""
+    if not POSIX:
+        return name[:200]
+    return os.fsdecode(os.fsencode(name)[:200])
+
+
 def try_to_write(path: Path) -> None:
     """Raise UsageError where a small file could not be written there; nothing is left behind."""
     try:
@@ -69,15 +78,6 @@ def try_to_write(path: Path) -> None:
             file.write(bytes(1 << 16))
     except OSError as error:
         raise UsageError(f"{path} cannot be written: {error.strerror}") from error
-
-
-def sync_folder(folder: Path) -> None:
-    """Make the names in folder durable: renames and unlinks before it survive power loss."""
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def make_folder(folder: Path) -> None:
@@ -113,22 +113,17 @@ def private_folder(prefix: str) -> Path:
     for left in Path(tempfile.gettempdir()).glob(f"{prefix}*"):
         with contextlib.suppress(OSError):  # of another user, or in use
             if time.time() - left.stat().st_mtime > 60:  # younger: may not have its lock yet
-                os.close(_locked(left))
+                os.close(lock_folder(left))
                 shutil.rmtree(left, ignore_errors=True)
     folder = Path(tempfile.mkdtemp(prefix=prefix))
-    _locked(folder)  # kept open, and so locked, until the end
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    atexit.register(_remove, folder, lock_folder(folder))
     return folder
 
 
-def _locked(folder: Path) -> int:
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        os.close(descriptor)
-        raise
-    return descriptor
+def _remove(folder: Path, lock: int) -> None:
+    with contextlib.suppress(OSError):  # in a child that was forked it is open no more
+        os.close(lock)
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 def sha256_bytes(data: bytes) -> str:
@@ -205,9 +200,9 @@ _adapter: Callable[[Any], TypeAdapter[Any]] = functools.cache(TypeAdapter)
 
 
 class Lock:
-    """One writer at a time: an flock on an open file, whose content names the holder.
+    """One writer at a time: the lock of an open file, whose content names the holder.
 
-    The kernel frees it when the process ends in whatever way, so a stale lock cannot exist and
+    The system frees it when the process ends in whatever way, so a stale lock cannot exist and
     two contenders cannot both take over; the file stays, emptied on release. Forked children do
     not inherit it.
     """
@@ -227,7 +222,7 @@ class Lock:
     def __enter__(self) -> Self:
         descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o666)
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            system.lock(descriptor)
             holder = {
                 "pid": os.getpid(),
                 "host": socket.gethostname(),
@@ -235,7 +230,8 @@ class Lock:
             }
             self.token = json.dumps(holder)
             os.ftruncate(descriptor, 0)
-            os.pwrite(descriptor, self.token.encode(), 0)
+            os.lseek(descriptor, 0, os.SEEK_SET)
+            os.write(descriptor, self.token.encode())
         except BlockingIOError:
             os.close(descriptor)
             raise StoreError(f"{self.subject} is in use by {self._holder()}") from None
@@ -259,7 +255,7 @@ class Lock:
             return
         _held.discard(self)
         os.ftruncate(self._descriptor, 0)
-        fcntl.flock(self._descriptor, fcntl.LOCK_UN)  # a fork may hold the same open file
+        system.unlock(self._descriptor)
         os.close(self._descriptor)
         self._descriptor = None
 
@@ -306,4 +302,5 @@ def _forget_locks_in_child() -> None:
     _held.clear()
 
 
-os.register_at_fork(after_in_child=_forget_locks_in_child)
+if hasattr(os, "register_at_fork"):  # Windows forks nothing
+    os.register_at_fork(after_in_child=_forget_locks_in_child)

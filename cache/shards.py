@@ -21,6 +21,7 @@ from zarr.storage import LocalStore, MemoryStore
 from evenlight.cache import files
 from evenlight.cache.errors import StoreError
 from evenlight.cache.schema import SCHEMA, ArraySpec
+from evenlight.cache.system import sync_folder
 
 OURS = "evenlight"  # our key in "attributes", and the sub-group with index, records and lock
 Document = dict[str, Any]
@@ -115,7 +116,7 @@ def remove_array(folder: Path) -> None:
             path.unlink()
     (folder / "zarr.json").unlink()
     folder.rmdir()
-    files.sync_folder(folder.parent)
+    sync_folder(folder.parent)
 
 
 def shard_path(array_folder: Path, unit: int, rank: int) -> Path:

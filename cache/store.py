@@ -25,6 +25,7 @@ from evenlight.cache.schema import (
     StoredArray,
     UnitRecord,
 )
+from evenlight.cache.system import sync_folder
 
 PartData = tuple[str, Mapping[str, np.ndarray]]  # fingerprint, array name -> rows of the unit
 
@@ -225,7 +226,7 @@ class Store:
             path = records.note_path(self.path, name)
             if path.exists():
                 path.unlink()
-                files.sync_folder(path.parent)
+                sync_folder(path.parent)
 
     # Reading
 

@@ -23,9 +23,9 @@ from evenlight.cache.files import (
     make_folder,
     read_json,
     sha256_bytes,
-    sync_folder,
     write_json,
 )
+from evenlight.cache.system import sync_folder
 from evenlight.stages.corrector.network import Corrector
 from evenlight.stages.settings import NetworkSettings
 

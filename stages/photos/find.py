@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePath
 
 from evenlight.cache.errors import PhotoError, UsageError
+from evenlight.cache.system import READ
 
 _SUFFIXES_OF = {"jpeg": ".jpg .jpeg .jpe .jfif", "png": ".png", "tiff": ".tif .tiff",
                 "webp": ".webp", "gif": ".gif", "bmp": ".bmp", "avif": ".avif",
@@ -68,8 +69,7 @@ class PhotoSource:
             np.save(stream, image.astype(image.dtype.newbyteorder("=")), allow_pickle=False)
             return stream.getvalue()
         try:
-            # O_NONBLOCK: opening a pipe that took the file's place must not wait for a writer.
-            with os.fdopen(os.open(self.path, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:
+            with os.fdopen(os.open(self.path, READ), "rb") as file:
                 status = os.fstat(file.fileno())
                 if not stat.S_ISREG(status.st_mode):
                     raise PhotoError("not a regular file")
