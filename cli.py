@@ -2,6 +2,7 @@
 
 import logging
 import sys
+import webbrowser
 from dataclasses import asdict
 from enum import StrEnum
 from pathlib import Path
@@ -340,6 +341,35 @@ def settings(
     if not as_json:
         typer.echo(to_text(rows))
     emit([asdict(row) for row in rows], as_json)
+
+
+@app.command()
+def serve(
+    photos: Annotated[Path | None, typer.Argument(help="A folder to go through.")] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option("-o", "--out", help="For what is saved; default: PHOTOS-corrected."),
+    ] = None,
+    model: ModelOption = None,
+    host: Annotated[
+        str, typer.Option(help="Listen here: other machines may get in.")
+    ] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0: any that is free.")] = 8765,
+    show: Annotated[bool, typer.Option("--open", help="Show it in the browser.")] = False,
+    config: ConfigOption = None,
+    set_: SetOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Correct photos in a browser: before and after, at any strength."""
+    from evenlight.pipeline.serve import serve as run
+
+    def on_start(serving: Any) -> None:
+        emit(serving, as_json)
+        if show:
+            webbrowser.open(serving.url)
+
+    given = _read(config, set_)
+    run(photos, out=out, model=model, settings=given, host=host, port=port, on_start=on_start)
 
 
 @app.command()

@@ -38,6 +38,7 @@ CHECKPOINT, RUN, TRAINING = (
 )
 WEIGHTS, FASTSAM = "stages/priors/fastsam_weights.py", "stages/priors/fastsam.py"
 REPORT, DOORS = "pipeline/report.py", "test_doors.py"
+SERVE, GUARD = "pipeline/serve.py", "pipeline/serve_guard.py"
 EVERY_SETTING = "test_precompute.py -k every_setting"
 
 MUTANTS = (
@@ -72,11 +73,12 @@ MUTANTS = (
            "kind(**{k: v for k, v in document.items() if k in kind.__dataclass_fields__})",
            "test_documents.py::test_a_refusal_names_file_and_field"),
     Mutant("one writer at a time", FILES,
-           "        try:\n            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)\n",
+           "        try:\n            system.lock(descriptor)\n",
            "        try:\n",
            "test_files.py::test_of_two_runs_one_is_refused_by_name_and_a_killed_one_is_taken_over"),
     Mutant("a child does not keep the lock of a killed parent", FILES,
-           "os.register_at_fork(after_in_child=_forget_locks_in_child)\n", "",
+           'if hasattr(os, "register_at_fork"):  # Windows forks nothing\n'
+           "    os.register_at_fork(after_in_child=_forget_locks_in_child)\n", "",
            "test_files.py::test_a_child_that_outlives_a_killed_holder_does_not_keep_its_lock"),
     Mutant("a run that lost its lock stops", FILES,
            "    if read_token(path) != token:", "    if False:",
@@ -85,7 +87,7 @@ MUTANTS = (
            "    for path in litter:\n        path.unlink(missing_ok=True)\n", "",
            "test_files.py::test_litter_is_removed_and_nothing_else"),
     Mutant("folders of living processes stay", FILES,
-           "                os.close(_locked(left))\n", "",
+           "                os.close(lock_folder(left))\n", "",
            "test_files.py -k private_folders"),
     # Schema and records
     Mutant("a store of another schema is refused", SCHEMA,
@@ -299,6 +301,24 @@ MUTANTS = (
            "test_cli.py -k closed_stream"),
     Mutant("names in a report end no script", REPORT,
            r'.replace("<", "\\u003c")', "", "test_report.py -k ends_no_script"),
+    Mutant("a server answers to its own name", GUARD,
+           '    if not _is_ours(named.rpartition(":")[0] or named, host):', "    if False:",
+           "test_serve.py -k only_our_own_page"),
+    Mutant("another page changes nothing", GUARD,
+           '    if request.method not in ("GET", "HEAD") and origin != f"http://{named}":',
+           "    if False:",
+           "test_serve.py -k another_page"),
+    Mutant("another page looks at nothing", GUARD,
+           '    if request.url.path != "/" and asked_by not in ("same-origin", "none"):',
+           "    if False:",
+           "test_serve.py -k only_our_own_page"),
+    Mutant("what is dropped is bounded", SERVE,
+           "                        if file.tell() + len(chunk) > room:",
+           "                        if False:",
+           "test_serve.py -k uploads_are_bounded"),
+    Mutant("a file that was edited by hand is saved over on request alone",
+           "pipeline/serve_photos.py", " and is_foreign(job):", " and False:",
+           "test_serve.py -k only_on_request"),
     Mutant("a second signal ends at once", "pipeline/exits.py",
            "        signal.signal(stop, signal.SIG_DFL)  # a second one ends the process at once\n",
            "        pass\n", DOORS + " -k signal"),

@@ -13,21 +13,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from evenlight.cache.errors import EvenlightError
-from evenlight.cache.files import canonical_json, make_folder, sha256_bytes, sha256_file
+from evenlight.cache.files import make_folder
 from evenlight.pipeline import config, schedule
 from evenlight.pipeline.config import Given
 from evenlight.pipeline.console import Progress, silent
 from evenlight.pipeline.outputs import (
-    CARDS,
     PIPE,
     Job,
     Options,
     clean_temporaries,
+    how_of,
     list_jobs,
     state_of,
 )
 from evenlight.stages.settings import Settings
-from evenlight.stages.weights import shipped
 
 if TYPE_CHECKING:
     from evenlight.pipeline.correct_photo import Outcome
@@ -108,7 +107,7 @@ def correct_files(
     given = config.to_dict(settings) if isinstance(settings, Settings) else settings
     flat = config.flatten(given or {})
     report = CorrectReport(passed_over=passed_over)
-    how = _how(model, flat, chosen)
+    how = how_of(model, flat, chosen)
     todo = [job for job in jobs if _is_to_do(job, how, chosen, report)]
     if chosen.dry_run:
         report.planned = [job.source.name for job in todo]
@@ -119,16 +118,6 @@ def correct_files(
         _correct_all(todo, out, asked, report, on_progress)
     report.seconds = time.monotonic() - started
     return report
-
-
-def _how(model: str | Path | None, flat: dict[str, Any], options: Options) -> str:
-    """Digest of all but the photo that decides what an output is; where it runs does not."""
-    folder = shipped("base") if model is None else Path(model)
-    corrector = folder / CARDS[options.runtime]
-    digest = sha256_file(corrector) if corrector.is_file() else ""  # loading says what is wrong
-    changes = {key: value for key, value in flat.items() if not key.startswith("run.")}
-    ways = [options.strength, options.format, options.quality]
-    return sha256_bytes(canonical_json([digest, changes, ways]))
 
 
 def _is_to_do(job: Job, how: str, options: Options, report: CorrectReport) -> bool:

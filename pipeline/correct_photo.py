@@ -194,20 +194,35 @@ def _make_subfolders(folder: Path, out: Path) -> None:
 
 
 def _corrected(photo: Photo, predictor: Predictor, strength: float) -> tuple[Photo, Change]:
-    """The photo with corrected pixels; gray stays gray, though the corrector may tint it."""
     inside = photo.in_srgb
     seen = visible(inside, photo.alpha, predictor.settings.photo.size)
     maps = predictor.predict(seen) if strength else None
     if maps is None:
         return photo, Change()
-    pixels = apply_maps(inside, maps, strength)
+    pixels = applied(photo, inside, maps, strength)
+    change = change_between(photo.pixels, pixels, filled(seen, maps) * min(strength, 1))
+    return dataclasses.replace(photo, pixels=pixels), change
+
+
+def applied(
+    photo: Photo,
+    inside_HW3: np.ndarray,
+    maps: Maps,
+    strength: float,
+    window: tuple[slice, slice] | None = None,
+) -> np.ndarray:
+    """The photo's pixels, corrected; gray stays gray, though the corrector may tint it.
+
+    inside: `photo.in_srgb`.  window: as in `apply_maps`.
+    """
+    pixels = apply_maps(inside_HW3, maps, strength, window)
     if photo.encoding.primaries is not None:
-        pixels = with_wide_colours(photo.pixels, pixels, photo.encoding.primaries)
+        before = photo.pixels if window is None else photo.pixels[window]
+        pixels = with_wide_colours(before, pixels, photo.encoding.primaries)
     if photo.gray:
         mean = np.rint(pixels.mean(2, keepdims=True)).astype(pixels.dtype)
         pixels = np.repeat(mean, 3, axis=2)
-    change = change_between(photo.pixels, pixels, _filled(seen, maps) * min(strength, 1))
-    return dataclasses.replace(photo, pixels=pixels), change
+    return pixels
 
 
 def change_between(
@@ -226,7 +241,7 @@ def _mean_light(pixels_HW3: np.ndarray) -> float:
     return float(srgb_light(codes).mean())
 
 
-def _filled(seen_HW3: np.ndarray, maps: Maps) -> float:
+def filled(seen_HW3: np.ndarray, maps: Maps) -> float:
     """Share of the photo whose lost highlights the network fills.  seen: uint8."""
     xp = namespace(maps.fill)
     photo = to_float(seen_HW3, xp)

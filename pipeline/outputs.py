@@ -13,8 +13,16 @@ from pathlib import Path
 from typing import Any
 
 from evenlight.cache.errors import PhotoError, UsageError
-from evenlight.cache.files import TEMPORARY_SUFFIX, canonical_json, sha256_bytes
+from evenlight.cache.files import (
+    TEMPORARY_SUFFIX,
+    canonical_json,
+    sha256_bytes,
+    sha256_file,
+    start_of_temporary,
+)
+from evenlight.cache.system import attribute_of, set_attribute
 from evenlight.stages.photos.find import FORMAT_OF, PhotoSource, also_there, find_photos
+from evenlight.stages.weights import shipped
 
 PIPE = Path("-")  # stdin as a photo, stdout as an output
 MAX_STRENGTH = 1.5
@@ -169,6 +177,16 @@ def _sources(
     return sources, passed_over
 
 
+def how_of(model: str | Path | None, flat: dict[str, Any], options: Options) -> str:
+    """Digest of all but the photo that decides what an output is; where it runs does not."""
+    folder = shipped("base") if model is None else Path(model)
+    corrector = folder / CARDS[options.runtime]
+    digest = sha256_file(corrector) if corrector.is_file() else ""  # loading says what is wrong
+    changes = {key: value for key, value in flat.items() if not key.startswith("run.")}
+    ways = [options.strength, options.format, options.quality]
+    return sha256_bytes(canonical_json([digest, changes, ways]))
+
+
 def state_of(job: Job, how: str) -> str:
     """Of the output of a job: "none"; "same"; "changed": made of another photo or in another way;
     "foreign": not made here, edited since, or on a file system that keeps no attributes.
@@ -186,20 +204,25 @@ def state_of(job: Job, how: str) -> str:
         return "none"
     if is_same_photo and mark.get("how") == how:
         return "same"
-    ours = mark.get("made") == sha256_bytes(job.target.read_bytes())
-    return "changed" if ours else "foreign"
+    return "foreign" if is_foreign(job) else "changed"
+
+
+def is_foreign(job: Job) -> bool:
+    """Whether the output of a job is there and was not made here, or was edited since."""
+    if not job.target.is_file():
+        return False
+    return _mark_of(job.target).get("made") != sha256_bytes(job.target.read_bytes())
 
 
 def mark_output(job: Job, mark: dict[str, Any]) -> None:
     """Say what an output was made from.  mark: "how", "from" (`place_of`), "stat" and "photo"
     (sha256) of its photo, "made" (its own sha256)."""
-    with contextlib.suppress(OSError, AttributeError):
-        os.setxattr(job.target, MARK, canonical_json(mark))
+    set_attribute(job.target, MARK, canonical_json(mark))
 
 
 def _mark_of(output: Path) -> dict[str, Any]:
-    with contextlib.suppress(OSError, AttributeError, ValueError):  # none, not on this system
-        return dict(json.loads(os.getxattr(output, MARK)))
+    with contextlib.suppress(ValueError, TypeError):  # there is none, or it is not ours
+        return dict(json.loads(attribute_of(output, MARK)))
     return {}
 
 
@@ -226,7 +249,7 @@ def stat_of(source: PhotoSource) -> list[int]:
 def clean_temporaries(jobs: Sequence[Job]) -> None:
     """Remove what a killed run left of these outputs; other runs may be writing others."""
     for folder in {job.target.parent for job in jobs}:
-        names = {os.fsdecode(os.fsencode(job.target.name)[:200]) for job in jobs}
+        names = {start_of_temporary(job.target.name) for job in jobs}
         for entry in os.scandir(folder) if folder.is_dir() else ():
             stem = entry.name.removesuffix(TEMPORARY_SUFFIX)
             if stem != entry.name and stem[1:].rpartition(".")[0] in names:

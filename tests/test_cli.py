@@ -45,6 +45,8 @@ SURFACE = {
     } | COMMON,
     "report": {"target", "--out", "-o", "--photos", "--side"} | COMMON - {"--config", "--set"},
     "settings": {"--diff", "--json"},
+    "serve": {"photos", "-o", "--out", "-m", "--model", "--host", "--port", "--open", "--config"}
+    | {"--set", "--json"},
     "doctor": {"--json"},
     "export": {"model", "--out", "-o", "--to"} | COMMON - {"--config", "--set"},
     "cache info": {"-s", "--store", "--config", "--set", "--json"},

@@ -37,6 +37,8 @@ IMPORTERS = {
     "distributed": {"pipeline/schedule.py"},
     "dask": {"pipeline/schedule.py"},
     "typer": {"cli.py"},
+    "starlette": {"pipeline/serve.py", "pipeline/serve_guard.py"},
+    "uvicorn": {"pipeline/serve.py"},
     "rich": {"pipeline/console.py"},
     "pyvips": {"stages/photos/libvips.py", "stages/photos/tables.py"},
     "pillow_heif": {"stages/photos/heic.py"},
