@@ -98,6 +98,16 @@ def of_store(store: str | Path, given: Given = None, *, making: bool = False) ->
     return resolve(given, base)
 
 
+def of_run(run: Path, store: str | Path, given: Given = None) -> Settings:
+    """As `of_store`, with what the run in that folder, where there is one, was told of training:
+    who goes on with it need not say it again."""
+    if isinstance(given, Settings) or not (run / "settings.toml").exists():
+        return of_store(store, given)
+    before = known(_read_toml(run / "settings.toml"))
+    told = {key: value for key, value in before.items() if affected_by(key) == "training"}
+    return of_store(store, told | _expanded(flatten(given or {})))
+
+
 def recorded(path: str | Path) -> Settings:
     """The settings that a store or a training run was made with; the defaults of what is unknown.
 

@@ -40,11 +40,12 @@ def train(
 ) -> TrainResult:
     """Train a corrector from the cached tensors of a store; goes on where an earlier run stopped.
 
-    out: folder of the run (checkpoints, log, corrector).  settings: changes on top of those of
-    the store.  Raises StoreError where the store is incomplete or stale, or out holds a run
-    with other settings or one that is running.
+    out: folder of the run (checkpoints, log, corrector).  settings: changes on top of those of the
+    store and, where out holds a run, of what it was told of training.  Raises StoreError where the
+    store is incomplete or stale, or out holds a run with other settings or one that is running.
     """
-    out, settings = Path(out), config.of_store(store, settings)
+    out = Path(out)
+    settings = config.of_run(out, store, settings) if resume else config.of_store(store, settings)
     device = choose_device(settings.run.device)
     models = models or load_models(settings)
     with Store.open(store) as source:

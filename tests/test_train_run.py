@@ -72,6 +72,15 @@ def test_two_trainings_of_one_folder_are_refused_before_anything_is_read_or_writ
     assert [path.name for path in tmp_path.iterdir()] == [".lock"]
 
 
+def test_who_trains_on_need_not_say_again_what_a_run_was_told(store, tmp_path):
+    models = Models(ToySegmenter(), ToyClip())
+    told = {"network.size": "tiny", "train.size": 32, "train.crop": 32, "train.steps": 1}
+    train(store.path, tmp_path, settings=told, models=models)
+    assert train(store.path, tmp_path, settings={"train.steps": 2}, models=models).steps == 2
+    with pytest.raises(StoreError, match=r"train\.bad 1 -> 2"):
+        train(store.path, tmp_path, settings={"train.bad": 2}, models=models)
+
+
 def test_what_a_killed_training_left_goes_with_the_next(store, tmp_path, monkeypatch):
     (tmp_path / ".corrector.json.00.evenlight-tmp").touch()
     monkeypatch.setattr("evenlight.pipeline.train.run_training", lambda *_, **__: None)
