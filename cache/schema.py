@@ -12,7 +12,7 @@ import numpy as np
 from evenlight.cache.errors import StoreError
 from evenlight.cache.files import canonical_json, checked, sha256_bytes
 
-SCHEMA = 2  # raised when an older store could be misread, or what a part computes has changed
+SCHEMA = 3  # raised when an older store could be misread, or what a part computes has changed
 PARTS = ("photo", "regions", "embeddings", "pseudo_gt")  # each is made from those before it
 MOST_PHOTOS = 10**8  # of a store; more is a damaged number
 OK, FAILED, EMPTY = "ok", "failed", "empty"
