@@ -46,6 +46,8 @@ def atomic_write(path: Path, data: bytes) -> None:
     try:
         descriptor = os.open(temporary, WRITE_NEW, 0o666)
         try:
+            with contextlib.suppress(OSError):  # a file system without locks
+                system.lock(descriptor)  # so that `remove_left` passes it over
             remaining = memoryview(data)
             while remaining:
                 remaining = remaining[os.write(descriptor, remaining) :]
@@ -59,6 +61,21 @@ def atomic_write(path: Path, data: bytes) -> None:
             error.filename = str(path)  # a write that fails names no file
         raise
     sync_folder(path.parent)
+
+
+def remove_left(temporary: Path) -> None:
+    """Remove what a killed writer left, unless it is being written."""
+    with contextlib.suppress(FileNotFoundError):
+        descriptor = os.open(temporary, os.O_RDWR)
+        try:
+            system.lock(descriptor)  # its writer has it, as long as it lives
+        except BlockingIOError:
+            return
+        except OSError:  # no locks there
+            pass
+        finally:
+            os.close(descriptor)
+        temporary.unlink()
 
 
 def start_of_temporary(name: str) -> str:

@@ -16,6 +16,7 @@ from evenlight.cache.errors import PhotoError, UsageError
 from evenlight.cache.files import (
     TEMPORARY_SUFFIX,
     canonical_json,
+    remove_left,
     sha256_bytes,
     sha256_file,
     start_of_temporary,
@@ -247,10 +248,10 @@ def stat_of(source: PhotoSource) -> list[int]:
 
 
 def clean_temporaries(jobs: Sequence[Job]) -> None:
-    """Remove what a killed run left of these outputs; other runs may be writing others."""
+    """Remove what a killed run left of these outputs, but nothing that a run is writing."""
     for folder in {job.target.parent for job in jobs}:
         names = {start_of_temporary(job.target.name) for job in jobs}
         for entry in os.scandir(folder) if folder.is_dir() else ():
             stem = entry.name.removesuffix(TEMPORARY_SUFFIX)
             if stem != entry.name and stem[1:].rpartition(".")[0] in names:
-                Path(entry.path).unlink(missing_ok=True)
+                remove_left(Path(entry.path))

@@ -330,7 +330,7 @@ def test_what_a_killed_run_left_beside_its_outputs_is_cleaned(photos, model, tmp
     for name in (".a.jpg.0123456789abcdef", ".b.png.f123456789abcdef", ".c.jpg.0123456789abcdef"):
         (out / f"{name}.evenlight-tmp").write_bytes(b"half")
     correct_files(photos, out, model=model)
-    # that of c.jpg may be another run's, which is writing it
+    # that of c.jpg is no output of this run
     left = [".c.jpg.0123456789abcdef.evenlight-tmp", "a.jpg", "b.png"]
     assert sorted(p.name for p in out.iterdir()) == left
 

@@ -77,6 +77,23 @@ def test_file_and_name_are_on_disk_in_that_order_when_a_write_returns(tmp_path, 
     assert events == [("fsync", temporary), ("replace", temporary), ("fsync", str(tmp_path))]
 
 
+def test_what_a_killed_writer_left_goes_but_not_what_is_being_written(tmp_path, monkeypatch):
+    left = tmp_path / f".x.0011223344556677{files.TEMPORARY_SUFFIX}"
+    left.touch()
+    fsync, kept = os.fsync, []
+
+    def cleaning_fsync(file):  # as a second run would, just then
+        written = [path for path in tmp_path.iterdir() if path != left]
+        for path in tmp_path.glob(f".*{files.TEMPORARY_SUFFIX}"):
+            files.remove_left(path)
+        kept.extend(path.exists() for path in written)
+        fsync(file)
+
+    monkeypatch.setattr(os, "fsync", cleaning_fsync)
+    files.atomic_write(tmp_path / "file", b"data")
+    assert kept[0] and not left.exists() and (tmp_path / "file").read_bytes() == b"data"
+
+
 def test_a_new_folder_is_on_disk_name_by_name(tmp_path, monkeypatch):
     events = []
     mkdir = os.mkdir
