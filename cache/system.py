@@ -33,11 +33,14 @@ def lock(descriptor: int) -> None:
     if POSIX:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         return
+    position = os.lseek(descriptor, 0, os.SEEK_CUR)  # where who has the file open goes on
     os.lseek(descriptor, LOCKED_BYTE, os.SEEK_SET)
     try:
         msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)  # type: ignore[attr-defined]
     except PermissionError as error:
         raise BlockingIOError(error.errno, error.strerror) from error
+    finally:
+        os.lseek(descriptor, position, os.SEEK_SET)
 
 
 def unlock(descriptor: int) -> None:

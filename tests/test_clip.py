@@ -72,7 +72,7 @@ def test_gradient_reaches_the_photo_and_not_the_model(shipped: Clip) -> None:
     shipped.embed(photo)[:, 0].sum().backward()
     assert photo.grad is not None and photo.grad.isfinite().all()
     assert (photo.grad != 0).any(dim=(1, 2, 3)).all()
-    assert not any(p.requires_grad for p in shipped._image.parameters())
+    assert not any(p.requires_grad for p in shipped.image.parameters())
 
 
 def test_same_embedding_with_and_without_gradient(shipped: Clip) -> None:
