@@ -9,6 +9,7 @@ import logging
 import multiprocessing
 import signal
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from multiprocessing.connection import Connection, wait
 from typing import Any, Generic, TypeVar
@@ -18,7 +19,7 @@ from evenlight.cache.errors import EnvironmentLacks, EvenlightError, StoreError
 Task = TypeVar("Task")
 Done = TypeVar("Done")
 TRIES = 3  # a task that failed, or whose worker died, is given to another this often
-PATIENCE = 10  # seconds that a worker has to clean up after itself
+PATIENCE = 10  # seconds that workers have to clean up after themselves
 GO_ON = "what is complete is kept, run the same command again to go on"
 
 
@@ -81,10 +82,15 @@ class _Worker(Generic[Task, Done]):
             raise error
         return done, error
 
-    def end(self) -> None:
+    def stop(self) -> None:
+        """Ask it to clean up and end."""
         if self.process is not None:
             self.process.terminate()
-            self.process.join(PATIENCE)
+
+    def end(self, patience: float) -> None:
+        """Wait so many seconds until it has; then it is killed."""
+        if self.process is not None:
+            self.process.join(patience)
             self.process.kill()
 
 
@@ -128,7 +134,10 @@ def _in_processes(
                     raise StoreError(f"a worker failed {TRIES} times ({error}): {GO_ON}")
     finally:
         for worker in team:
-            worker.end()
+            worker.stop()
+        until = time.monotonic() + PATIENCE
+        for worker in team:
+            worker.end(max(0, until - time.monotonic()))
 
 
 def _on_dask(work: Callable[[Task], Done], tasks: Sequence[Task], scheduler: str) -> Iterator[Done]:
