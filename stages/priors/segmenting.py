@@ -4,6 +4,7 @@ Shapes: C channels, H W pixels, h w = H/4 W/4, N boxes, K masks.
 The caller gives photos after the mean-luma rule; nothing here corrects exposure.  No torch.
 """
 
+from abc import ABC, abstractmethod
 from typing import Any
 
 import cv2
@@ -21,7 +22,7 @@ MAX_MASKS = 300  # as ultralytics' max_det
 EDGE_SNAP = 0.03  # boxes ending this near the frame's edge (share of the side) reach it
 
 
-class Segmenting:
+class Segmenting(ABC):
     """Regions and features of photos, from what a network finds.
 
     settings: how masks are chosen.  fingerprint: hex sha256 of what decides its answers.
@@ -34,17 +35,17 @@ class Segmenting:
     p3_channels: int
     xp: Any = None
 
+    @abstractmethod
     def features(self, rgb_B3HW: Array) -> tuple[Array, Array]:
         """Prototypes B,32,h,w at /4 and P3 features B,C,h,w at /8.
 
         rgb: sRGB in [0, 1], H and W multiples of 32.
         """
-        raise NotImplementedError
 
+    @abstractmethod
     def boxes(self, rgb_13HW: Array) -> tuple[Array, Array, Array, Array]:
         """Prototypes 32,h,w; boxes N,4 (x1 y1 x2 y2, pixels), their scores N and the coefficients
         N,32 of their masks.  rgb: as in `features`."""
-        raise NotImplementedError
 
     def segment(self, rgb_HW3: NDArray[np.uint8], extent: tuple[int, int] | None = None) -> Regions:
         """Region map and features of one photo.
