@@ -254,6 +254,16 @@ def pick(select, value: str) -> None:
     Select(select).select_by_value(value)
 
 
+def drag_by_finger(browser, stage) -> float:
+    """From x = 100 to 300 across the middle of the stage; the share of it that is left of there."""
+    box = stage.rect
+    y = box["y"] + box["height"] / 2
+    for kind, x in (("touchStart", 100), ("touchMove", 200), ("touchMove", 300), ("touchEnd", 0)):
+        points = [] if kind == "touchEnd" else [{"x": x, "y": y}]
+        browser.execute_cdp_cmd("Input.dispatchTouchEvent", {"type": kind, "touchPoints": points})
+    return 100 * (300 - box["x"]) / box["width"]
+
+
 def drag(browser, element, by: int) -> None:
     from selenium.webdriver import ActionChains
 
@@ -280,12 +290,7 @@ def test_fingers_drag_the_border_on_a_phone_and_nothing_is_cut_off(browser, corr
     run, find = shown_in(browser, corrected, 400, 800)
     assert run("document.documentElement.scrollWidth") == 400
     assert run("document.getElementById('frame').clientWidth") > 370
-    box = find("stage").rect
-    y = box["y"] + box["height"] / 2
-    for kind, x in (("touchStart", 100), ("touchMove", 200), ("touchMove", 300), ("touchEnd", 0)):
-        points = [] if kind == "touchEnd" else [{"x": x, "y": y}]
-        browser.execute_cdp_cmd("Input.dispatchTouchEvent", {"type": kind, "touchPoints": points})
-    share = 100 * (300 - box["x"]) / box["width"]
+    share = drag_by_finger(browser, find("stage"))
     assert run(BEFORE_SHARE) == pytest.approx(share, abs=1)
     assert browser.get_log("browser") == []
 

@@ -25,7 +25,7 @@ import psutil
 import pytest
 from photo_makers import exif, picture, saved
 from PIL import Image
-from test_report import BEFORE_SHARE
+from test_report import BEFORE_SHARE, drag_by_finger
 from toy_corrector import run_cli, save_toy_corrector
 
 from evenlight.pipeline.correct import correct_files
@@ -457,12 +457,7 @@ def test_on_a_phone_nothing_is_cut_off_and_100_percent_shows_the_part_in_view(lo
     run, find, wait = look(390, 844)
     assert run("document.documentElement.scrollWidth") == 390
     assert find("save").is_displayed() and find("status").rect["y"] < 844
-    box = find("stage").rect
-    y = box["y"] + box["height"] / 2
-    for kind, x in (("touchStart", 100), ("touchMove", 200), ("touchMove", 300), ("touchEnd", 0)):
-        points = [] if kind == "touchEnd" else [{"x": x, "y": y}]
-        browser.execute_cdp_cmd("Input.dispatchTouchEvent", {"type": kind, "touchPoints": points})
-    share = 100 * (300 - box["x"]) / box["width"]
+    share = drag_by_finger(browser, find("stage"))
     assert run(BEFORE_SHARE) == pytest.approx(share, abs=1)
     find("zoom").click()
     wait("!$('window-after').hidden && !$('window-before').hidden")
