@@ -33,6 +33,7 @@ class Mutant(NamedTuple):
 FILES, SCHEMA, RECORDS = "cache/files.py", "cache/schema.py", "cache/records.py"
 SHARDS, STORE, SETTINGS = "cache/shards.py", "cache/store.py", "stages/settings.py"
 PRECOMPUTE, UNITS, SCHEDULE = "pipeline/precompute.py", "pipeline/units.py", "pipeline/schedule.py"
+PLAN = "pipeline/plan.py"
 CHECKPOINT, RUN, TRAINING = (
     f"stages/corrector/{name}.py" for name in ("checkpoint", "run", "training")
 )
@@ -166,6 +167,11 @@ MUTANTS = (
            "        return self.low <= value <= self.high and", "        return",
            "test_settings.py"),
     # Precompute
+    Mutant("rows are kept of unchanged photos alone", PLAN,
+           "(p.name, p.sha256) in now]", "True]", "test_precompute.py -k is_added"),
+    Mutant("rows are kept as far as they are right", PLAN,
+           "if record.holds(part.name, recorded[part.name])]", "if part.name in record.parts]",
+           "test_precompute.py -k kept_only"),
     Mutant("a photo is of the digest that it is stored under", UNITS,
            "    if sha256_bytes(data) != photo.sha256:", "    if False:",
            "test_precompute.py -k changes_while_it_is_read"),

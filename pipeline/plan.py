@@ -4,10 +4,11 @@ A part's fingerprint covers the part before it, the settings that decide it, and
 makes it; so a change remakes exactly the parts it touches. Weights count by content, not path.
 """
 
+import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from evenlight.cache.schema import FAILED, SCHEMA, PhotoRecord, UnitRecord, fingerprint
+from evenlight.cache.schema import FAILED, OK, SCHEMA, PhotoRecord, UnitRecord, fingerprint
 from evenlight.cache.store import Store
 from evenlight.pipeline.config import BY_CONTENT, values_affecting
 from evenlight.pipeline.parts import PARTS
@@ -23,6 +24,16 @@ class UnitPlan:
     fingerprints: dict[str, str]
     todo: tuple[str, ...]  # a tail of PARTS; empty when the unit is complete
     reason: str  # why, for people
+    # photos that did not change where others of the unit did, and the parts recorded of them that
+    # are as they should be: these rows are kept, not made anew
+    kept: frozenset[str] = frozenset()
+    kept_parts: tuple[str, ...] = ()
+
+    @property
+    def num_photos(self) -> int:
+        """How many there are to make something of."""
+        kept = self.kept if set(self.todo) <= set(self.kept_parts) else ()
+        return sum(p.name is not None and p.name not in kept for p in self.photos)
 
 
 def part_fingerprint(part: str, *, source: object, settings: Settings) -> str:
@@ -58,7 +69,20 @@ def plan_unit(
     if record is not None and not todo and settings.run.retry_failed:
         todo = _failed(record)
         reason = "photos that failed are tried again" if todo else reason
-    return UnitPlan(unit=unit, photos=photos, fingerprints=wanted, todo=todo, reason=reason)
+    plan = UnitPlan(unit=unit, photos=photos, fingerprints=wanted, todo=todo, reason=reason)
+    if record is not None and not record.same_photos(photos):
+        return _keeping(plan, record, fingerprints(record.photos, settings, models))
+    return plan
+
+
+def _keeping(plan: UnitPlan, record: UnitRecord, recorded: Mapping[str, str]) -> UnitPlan:
+    """The plan with what it need not make.  recorded: fingerprints that the photos as they were
+    would have today."""
+    parts = [part.name for part in PARTS if record.holds(part.name, recorded[part.name])]
+    now = {(photo.name, photo.sha256) for photo in plan.photos}
+    same = [p.name for p in record.photos if p.status == OK and (p.name, p.sha256) in now]
+    kept = frozenset(name for name in same if name is not None) if parts else frozenset()
+    return dataclasses.replace(plan, kept=kept, kept_parts=tuple(parts))
 
 
 def made_by(priors: Mapping[str, str]) -> dict[str, str]:

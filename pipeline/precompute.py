@@ -275,7 +275,8 @@ def _without_files(plan: UnitPlan, sources: Mapping[str, PhotoSource]) -> list[s
     """Photos of a unit that are to be made from their files and whose files are not given."""
     if not plan.todo or FILE not in PART[plan.todo[0]].reads:
         return []
-    return [p.name for p in plan.photos if p.name is not None and p.name not in sources]
+    given = sources.keys() | plan.kept
+    return [p.name for p in plan.photos if p.name is not None and p.name not in given]
 
 
 def _refuse_without_files(
@@ -378,12 +379,12 @@ def _unit_sources(plan: UnitPlan, sources: Mapping[str, PhotoSource]) -> dict[st
 
 
 def _num_photos(plans: Sequence[UnitPlan]) -> int:
-    return sum(photo.name is not None for plan in plans for photo in plan.photos)
+    return sum(plan.num_photos for plan in plans)
 
 
 def _count(report: RunReport, plan: UnitPlan) -> None:
     report.units_made += 1
-    report.photos_made += _num_photos([plan])
+    report.photos_made += plan.num_photos
     for part in plan.todo:
         report.parts_made[part] = report.parts_made.get(part, 0) + 1
 

@@ -1,6 +1,7 @@
 """Make the parts of one unit: photos onto canvases, regions, embeddings, pseudo-GT."""
 
 import dataclasses
+import logging
 import os
 import socket
 import threading
@@ -12,9 +13,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from evenlight.cache.errors import EnvironmentLacks, PhotoError
+from evenlight.cache.errors import EnvironmentLacks, PhotoError, StoreError
 from evenlight.cache.files import sha256_bytes
-from evenlight.cache.schema import FAILED, OK, PhotoRecord
+from evenlight.cache.schema import FAILED, OK, PhotoRecord, UnitRecord
 from evenlight.cache.store import Store
 from evenlight.pipeline.failures import one_photo
 from evenlight.pipeline.judge import store_judge
@@ -24,6 +25,7 @@ from evenlight.pipeline.plan import UnitPlan
 from evenlight.stages.photos.find import PhotoSource
 from evenlight.stages.settings import Settings
 
+log = logging.getLogger(__name__)
 _one_unit = threading.Lock()  # of a process: models are loaded once, and made for one thread
 UNREAD = sha256_bytes(b"")  # digest of a file that could not be read
 
@@ -43,10 +45,10 @@ def make_unit(
     record = store.record(plan.unit)
     fresh = plan.photos if FILE in todo[0].reads or record is None else record.photos
     photos = [_tried_again(photo, plan.todo) for photo in fresh]
-    have = store.read(plan.unit, _upstream(todo))
+    have, kept = store.read(plan.unit, _upstream(todo)), _kept(store, plan, record, sources)
     made: dict[str, Arrays] = {}
     for part in todo:
-        made[part.name], photos = _make_part(part, have, photos, sources, tools)
+        made[part.name], photos = _make_part(part, have, photos, sources, tools, kept)
         have |= made[part.name]
     store.write_parts(
         plan.unit,
@@ -99,6 +101,37 @@ def _refuse_unseen(task: UnitTask) -> None:
         )
 
 
+@dataclass(frozen=True)
+class _Kept:
+    """Rows of a unit, as recorded, of photos that did not change where others did."""
+
+    arrays: Arrays  # name -> rows, of the parts that are as they should be
+    rows: dict[str, int]  # photo -> where it was
+
+    def of(self, part: Part, photo: PhotoRecord) -> Arrays | None:
+        """A photo's entries of a part, None where they must be made."""
+        if photo.name not in self.rows or part.arrays[0].name not in self.arrays:
+            return None
+        return {one.name: self.arrays[one.name][self.rows[photo.name]] for one in part.arrays}
+
+
+def _kept(
+    store: Store, plan: UnitPlan, record: UnitRecord | None, sources: Mapping[str, PhotoSource]
+) -> _Kept:
+    """Raises StoreError where they are damaged and a photo's file is not at hand."""
+    if record is None or not plan.kept:
+        return _Kept({}, {})
+    rows = {p.name: row for row, p in enumerate(record.photos) if p.name in plan.kept}
+    names = [array.name for part in plan.kept_parts for array in PART[part].arrays]
+    try:
+        return _Kept(store.read(plan.unit, names), rows)
+    except StoreError as error:
+        if not plan.kept <= sources.keys():
+            raise
+        log.warning("%s: all photos of the unit are made anew", error)
+        return _Kept({}, {})
+
+
 def _upstream(todo: Sequence[Part]) -> list[str]:
     """Arrays of parts that are there already, from which those to do are made."""
     made = {array.name for part in todo for array in part.arrays}
@@ -119,13 +152,18 @@ def _make_part(
     photos: Sequence[PhotoRecord],
     sources: Mapping[str, PhotoSource],
     tools: Tools,
+    kept: _Kept,
 ) -> tuple[Arrays, list[PhotoRecord]]:
     """One part of every usable photo of a unit, and what became of the photos."""
     specs = part.specs(sizes(tools.settings, tools.models))
     rows = {spec.name: np.zeros((len(photos), *spec.shape), spec.dtype) for spec in specs}
     outcome = []
     for row, photo in enumerate(photos):
-        if photo.status == OK:
+        entries = kept.of(part, photo)
+        if entries is not None:
+            for name, entry in entries.items():
+                rows[name][row] = entry
+        elif photo.status == OK:
             try:
                 with one_photo():
                     inputs = _inputs(part, have, row, photo, sources)

@@ -89,6 +89,42 @@ def test_one_changed_byte_of_the_same_size_and_time_remakes_that_unit_only(
     assert (report.units_made, report.units_kept) == (1, 2)
 
 
+def test_a_photo_that_is_added_costs_that_photo_and_gives_the_store_of_all_at_once(
+    photos, finished, tmp_path
+):
+    folder = shutil.copytree(photos, tmp_path / "photos")
+    (folder / "photo_004.png").rename(tmp_path / "later.png")
+    (folder / "photo_001.png").rename(tmp_path / "edited.png")
+    shutil.copy(folder / "photo_000.png", folder / "photo_001.png")
+    store, models = tmp_path / "S", toys()
+    precompute(folder, store, settings=SETTINGS, models=toys())
+    (tmp_path / "later.png").rename(folder / "photo_004.png")
+    (tmp_path / "edited.png").replace(folder / "photo_001.png")
+    report = precompute(folder, store, settings=SETTINGS, models=models)
+    assert (report.photos_made, models.segmenter.photos) == (2, 2)
+    assert digest(store) == finished[1]
+
+
+def test_rows_of_unchanged_photos_are_kept_only_as_far_as_they_are_right(photos, tmp_path, caplog):
+    folder = shutil.copytree(photos, tmp_path / "photos")
+    for name in ("whole", "damaged"):
+        precompute(folder, tmp_path / name, settings=SETTINGS, models=toys())
+    shutil.copy(folder / "photo_000.png", folder / "photo_001.png")
+
+    models = toys(clip=1)  # embeddings are made anew of all, regions of the edited one
+    precompute(folder, tmp_path / "whole", settings=SETTINGS, models=models)
+    precompute(folder, tmp_path / "again", settings=SETTINGS, models=toys(clip=1))
+    assert models.segmenter.photos == 1
+    assert digest(tmp_path / "whole") == digest(tmp_path / "again")
+
+    shard = next((tmp_path / "damaged" / "regions").glob("c.0.*"))
+    shard.write_bytes(shard.read_bytes()[:-1])
+    models = toys()
+    precompute(folder, tmp_path / "damaged", settings=SETTINGS, models=models)
+    assert models.segmenter.photos == 2 and "are made anew" in caplog.text
+    assert digest(tmp_path / "damaged")
+
+
 def test_bad_files_are_named_with_a_reason_and_the_rest_is_made(photos, tmp_path):
     folder = shutil.copytree(photos, tmp_path / "photos")
     (folder / "page.jpg").write_bytes(b"<html>not a photo</html>")
