@@ -111,9 +111,10 @@ def test_rows_of_unchanged_photos_are_kept_only_as_far_as_they_are_right(photos,
         precompute(folder, tmp_path / name, settings=SETTINGS, models=toys())
     shutil.copy(folder / "photo_000.png", folder / "photo_001.png")
 
-    models = toys(clip=1)  # embeddings are made anew of all, regions of the edited one
-    precompute(folder, tmp_path / "whole", settings=SETTINGS, models=models)
-    precompute(folder, tmp_path / "again", settings=SETTINGS, models=toys(clip=1))
+    other = config.build(overrides=[*SMALL, "pseudo_gt.max_strength=0.1"])
+    models = toys()  # pseudo-GT is made anew of all, the rest of the edited one
+    precompute(folder, tmp_path / "whole", settings=other, models=models)
+    precompute(folder, tmp_path / "again", settings=other, models=toys())
     assert models.segmenter.photos == 1
     assert digest(tmp_path / "whole") == digest(tmp_path / "again")
 
