@@ -111,7 +111,7 @@ def test_rows_of_unchanged_photos_are_kept_only_as_far_as_they_are_right(photos,
         precompute(folder, tmp_path / name, settings=SETTINGS, models=toys())
     shutil.copy(folder / "photo_000.png", folder / "photo_001.png")
 
-    other = config.build(overrides=[*SMALL, "pseudo_gt.max_strength=0.1"])
+    other = config.build(overrides=[*SMALL, "judge.prior_good=0.0"])
     models = toys()  # pseudo-GT is made anew of all, the rest of the edited one
     precompute(folder, tmp_path / "whole", settings=other, models=models)
     precompute(folder, tmp_path / "again", settings=other, models=toys())
