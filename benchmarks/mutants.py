@@ -194,7 +194,7 @@ MUTANTS = (
            '    if of_one_colour and np.ptp(have["photo"], axis=(0, 1)).max() > FLAT:',
            "    if False:", "test_precompute.py -k one_colour"),
     Mutant("what cannot be made anew is refused", PRECOMPUTE,
-           "    _refuse_without_files(store, _plans(store, index, digests, tools), sources, photos)\n", "",
+           "    _refuse_without_files(store, plans, sources, photos)\n", "",
            "test_precompute.py -k refused_before_anything"),
     Mutant("photos of the same names are refused", PRECOMPUTE,
            "        _refuse_namesakes(store, folder, sources, digests)\n", "        pass\n",

@@ -1,7 +1,7 @@
 """What users wait for, in CPU seconds, each beside its peers in the same run.
 
-    python -m benchmarks.speed [--sections precompute correct start onnx scan step] [--repeats 3]
-                               [--exported FOLDER] [--json FILE]
+    python -m benchmarks.speed [--sections precompute correct start onnx scan step store]
+                               [--repeats 3] [--exported FOLDER] [--json FILE]
 
 One thread. Section onnx runs what `evenlight export` wrote into FOLDER (else it is made anew, in
 more than a minute) beside torch. Photos are those that installed packages ship, re-exposed, at a
@@ -13,8 +13,6 @@ PYTHONPATH=FOLDER).
 import argparse
 import itertools
 import json
-import resource
-import subprocess
 import sys
 import tempfile
 import time
@@ -28,6 +26,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from benchmarks.store import child, measure_store
 from evenlight.pipeline import config
 from evenlight.pipeline.demo import PHOTOS, installed_photo
 from evenlight.pipeline.export import export
@@ -206,14 +205,6 @@ def measure_onnx(table: Table) -> None:
                 table.add(what, name, min(child(command + more) for _ in range(table.repeats + 1)))
 
 
-def child(call: list[str]) -> float:
-    """CPU seconds of a process."""
-    before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    subprocess.run(call, check=True, capture_output=True)
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-
-
 def measure_scan(table: Table) -> None:
     """Forward and backward, 32 channels, a section for each length."""
     for length in (1024, 65536):
@@ -274,6 +265,7 @@ SECTIONS = {
     "onnx": measure_onnx,
     "scan": measure_scan,
     "step": measure_step,
+    "store": lambda table: measure_store(table.add),
 }
 
 

@@ -176,7 +176,11 @@ def read_json(path: Path) -> dict[str, Any]:
     """
     document = parse_json_object(path)
     seal = document.pop(_SEAL, None)
-    if seal != sha256_bytes(canonical_json(document)):
+    try:
+        intact = seal == sha256_bytes(canonical_json(document))
+    except ValueError:  # a number too large, which reads as infinity
+        intact = False
+    if not intact:
         raise StoreError(f"{path} is damaged: its content does not match its own digest")
     return document
 
@@ -184,8 +188,7 @@ def read_json(path: Path) -> dict[str, Any]:
 def parse_json_object(path: Path) -> dict[str, Any]:
     """Read a file that must hold one JSON object. Raises StoreError."""
     try:
-        document = json.loads(path.read_bytes())
-        canonical_json(document)  # refuses NaN and Infinity, which are no JSON
+        document = json.loads(path.read_bytes(), parse_constant=_no_json)
     except FileNotFoundError:
         raise StoreError(f"{path} is missing") from None
     except OSError as error:
@@ -195,6 +198,10 @@ def parse_json_object(path: Path) -> dict[str, Any]:
     if not isinstance(document, dict):
         raise StoreError(f"{path} is damaged: expected a JSON object")
     return document
+
+
+def _no_json(name: str) -> None:
+    raise ValueError(f"{name} is no JSON")
 
 
 def checked(kind: type[Checked], document: Any, where: str | Path) -> Checked:

@@ -283,9 +283,13 @@ class Store:
         """Slots of usable photos: status ok, named by the index, in a unit that holds part."""
         return records.usable_slots(self.index, self.records(), part)
 
-    def info(self) -> dict[str, Any]:
-        """Counts, sizes and fingerprints, as JSON values (keys: see `records.summarise`)."""
-        return {"path": str(self.path), **records.summarise(self.index, self.records())}
+    def info(self, found: Iterable[UnitRecord] | None = None) -> dict[str, Any]:
+        """Counts, sizes and fingerprints, as JSON values (keys: see `records.summarise`).
+
+        found: the records, where they have been read.
+        """
+        found = self.records() if found is None else found
+        return {"path": str(self.path), **records.summarise(self.index, found)}
 
     def digest(self) -> str:
         """One sha256 of all content: equal for any order, worker count and history of kills."""

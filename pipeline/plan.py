@@ -5,11 +5,10 @@ makes it; so a change remakes exactly the parts it touches. Weights count by con
 """
 
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from evenlight.cache.schema import FAILED, OK, SCHEMA, PhotoRecord, UnitRecord, fingerprint
-from evenlight.cache.store import Store
 from evenlight.pipeline.config import BY_CONTENT, values_affecting
 from evenlight.pipeline.parts import PARTS
 from evenlight.stages.settings import Settings
@@ -91,11 +90,12 @@ def made_by(priors: Mapping[str, str]) -> dict[str, str]:
 
 
 def recorded_plans(
-    store: Store, settings: Settings, models: Mapping[str, str]
+    found: Iterable[UnitRecord], num_units: int, settings: Settings, models: Mapping[str, str]
 ) -> Iterator[UnitPlan]:
     """Plans of all units by the photos they recorded, without a look at the photos themselves."""
-    for unit in range(store.index.num_units):
-        record = store.record(unit)
+    by_unit = {record.unit: record for record in found}
+    for unit in range(num_units):
+        record = by_unit.get(unit)
         photos = record.photos if record else ()
         yield plan_unit(unit, photos, record, settings, models)
 

@@ -145,10 +145,11 @@ def _taken_on(
     """The index with these photos taken on, and name -> sha256 of all that it names; nothing is
     written yet.  Raises UsageError where photos have the names of others."""
     digests = _digests(sources, on_progress)
-    absent = {k: digest for k, digest in _recorded(store).items() if k not in digests}
+    recorded = _recorded(store)
+    absent = {k: digest for k, digest in recorded.items() if k not in digests}
     folder = _folder(photos, next(iter(sources.values())))
     if not prune:
-        _refuse_namesakes(store, folder, sources, digests)
+        _refuse_namesakes(store, recorded, folder, sources, digests)
     _tell_of_absent(store, photos, absent, prune)
     index = _updated(store.index, digests, {} if prune else absent)
     return index.from_folder(str(folder)), absent | digests
@@ -165,13 +166,13 @@ def _prepared(
     """Make the store ready for its units; their plans.  Raises UsageError, nothing being written,
     where files that it takes are not given."""
     assert tools.models is not None
-    _refuse_without_files(store, _plans(store, index, digests, tools), sources, photos)
+    plans = _plans(store, index, digests, tools)
+    _refuse_without_files(store, plans, sources, photos)
     store.write_index(index)
     sides = sizes(tools.settings, tools.models)
     store.ensure_arrays([spec for part in PARTS for spec in part.specs(sides)])
     keep_judge(store, tools.judge, tools.models.clip)
-    _forget_round(store)
-    return _plans(store, index, digests, tools)
+    return _plans(store, index, digests, tools) if _forget_round(store) else plans
 
 
 def _take_in(
@@ -225,17 +226,22 @@ def _tell_of_absent(store: Store, photos: Path, absent: Mapping[str, str], prune
 
 
 def _refuse_namesakes(
-    store: Store, folder: Path, sources: Mapping[str, PhotoSource], digests: Mapping[str, str]
+    store: Store,
+    recorded: Mapping[str, str],
+    folder: Path,
+    sources: Mapping[str, PhotoSource],
+    digests: Mapping[str, str],
 ) -> None:
     """Raise UsageError where photos have the names of others, that came from another folder.
 
-    folder: of these photos.  Where the store knows it, they are edited photos, unless the one that
-    the store holds still lies in another of its folders.
+    recorded: name -> sha256 of what the store holds.  folder: of these photos.  Where the store
+    knows it, they are edited photos, unless the one that the store holds still lies in another of
+    its folders.
     """
     known = store.index.sources
     others = {
         name: sha
-        for name, sha in _recorded(store).items()
+        for name, sha in recorded.items()
         if UNREAD not in (sha, digests.get(name, UNREAD)) and digests[name] != sha
     }
     if str(folder) in known:
@@ -321,8 +327,9 @@ def _plans(store: Store, index: Index, digests: Mapping[str, str], tools: Tools)
     return plans
 
 
-def _forget_round(store: Store) -> None:
-    """Drop the note of an older evenlight, whose trained correctors proposed pseudo-GT.
+def _forget_round(store: Store) -> bool:
+    """Drop the note of an older evenlight, whose trained correctors proposed pseudo-GT; say whether
+    there was one.
 
     What they chose is stale by its fingerprint, so the run that forgets them remakes it.
     """
@@ -333,6 +340,8 @@ def _forget_round(store: Store) -> None:
             store.path,
         )
         store.forget_note(ROUND)
+        return True
+    return False
 
 
 def _regenerate_plan(store: Store, unit: int, tools: Tools) -> UnitPlan:

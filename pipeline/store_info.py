@@ -24,7 +24,8 @@ def cache_info(store: str | Path, *, settings: Given = None) -> dict[str, Any]:
     settings: to compare it with, on top of its own.
     """
     with Store.open(store) as source:
-        info = source.info() | {"judge": _judge(source), "stale": {}}
+        found = list(source.records())  # once: they are the time that this takes
+        info = source.info(found) | {"judge": _judge(source), "stale": {}}
         if not source.index.num_units:
             return info
         settings = resolve(settings, known(source.index.settings))
@@ -37,7 +38,8 @@ def cache_info(store: str | Path, *, settings: Given = None) -> dict[str, Any]:
         except EnvironmentLacks as error:
             info["stale"] = f"unknown: {error}"
         else:
-            todo = [plan for plan in recorded_plans(source, settings, makers) if plan.todo]
+            plans = recorded_plans(found, source.index.num_units, settings, makers)
+            todo = [plan for plan in plans if plan.todo]
             info["stale"] = {str(plan.unit): plan.reason for plan in todo}
             for name, about in info["parts"].items():
                 missing = info["units"]["all"] - about["units"]

@@ -80,7 +80,8 @@ def refuse_stale(store: Store, settings: Settings, models: Models, judge: str) -
     """Raise StoreError unless every unit is complete and made with these settings and models."""
     if not store.index.num_units:
         raise StoreError(f"store {store.path} holds no photos: run 'evenlight precompute' first")
-    for plan in recorded_plans(store, settings, made_by(priors_of(models, judge))):
+    makers = made_by(priors_of(models, judge))
+    for plan in recorded_plans(store.records(), store.index.num_units, settings, makers):
         if plan.todo:
             cure = "regenerate" if plan.todo == ("pseudo_gt",) else "precompute"
             why = [plan.reason, *config.differing(store.index.settings, settings).values()]

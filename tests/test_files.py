@@ -148,7 +148,9 @@ def test_any_flipped_bit_of_sealed_json_is_an_error_or_changes_nothing(tmp_path)
     assert refused > 0.9 * 8 * len(whole)  # the rest is indentation
 
 
-@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"3", b"\xff\xfe", b'{"a": NaN}', b"{}"])
+@pytest.mark.parametrize(
+    "content", [b"", b"{", b"[]", b"3", b"\xff\xfe", b'{"a": NaN}', b'{"a": 1e999}', b"{}"]
+)
 def test_what_is_no_sealed_json_is_refused_by_name(tmp_path, content):
     path = tmp_path / "sealed.json"
     path.write_bytes(content)
