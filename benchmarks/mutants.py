@@ -68,7 +68,7 @@ MUTANTS = (
            "    folder.mkdir(exist_ok=True)\n",
            "test_files.py::test_a_new_folder_is_on_disk_name_by_name"),
     Mutant("JSON is sealed", FILES,
-           "    if seal != sha256_bytes(canonical_json(document)):", "    if False:",
+           "        intact = seal == sha256_bytes(canonical_json(document))", "        intact = True",
            "test_files.py::test_any_flipped_bit_of_sealed_json_is_an_error_or_changes_nothing"),
     Mutant("NaN is no JSON", FILES, "allow_nan=False", "allow_nan=True",
            "test_files.py -k json_does_not_have"),

@@ -295,8 +295,8 @@ def _refuse_without_files(
     lacking = [
         name
         for plan in plans
-        if store.record(plan.unit) is not None
-        for name in _without_files(plan, sources)
+        if (names := _without_files(plan, sources)) and store.record(plan.unit) is not None
+        for name in names
     ]
     if lacking:
         raise UsageError(
