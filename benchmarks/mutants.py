@@ -197,7 +197,7 @@ MUTANTS = (
            "    _refuse_without_files(store, plans, sources, photos)\n", "",
            "test_precompute.py -k refused_before_anything"),
     Mutant("photos of the same names are refused", PRECOMPUTE,
-           "        _refuse_namesakes(store, folder, sources, digests)\n", "        pass\n",
+           "        _refuse_namesakes(store, recorded, folder, sources, digests)\n", "        pass\n",
            "test_precompute.py -k names_of_others"),
     Mutant("settings enter the store once used", PRECOMPUTE,
            "    store.write_index(index)\n",

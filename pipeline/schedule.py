@@ -16,6 +16,7 @@ from typing import Any, Generic, TypeVar
 
 from evenlight.cache.errors import EnvironmentLacks, EvenlightError, StoreError
 
+log = logging.getLogger(__name__)
 Task = TypeVar("Task")
 Done = TypeVar("Done")
 TRIES = 3  # a task that failed, or whose worker died, is given to another this often
@@ -152,6 +153,8 @@ def _on_dask(work: Callable[[Task], Done], tasks: Sequence[Task], scheduler: str
     except (OSError, ValueError) as error:  # nobody there; no address
         raise EnvironmentLacks(f"no Dask scheduler answers at {scheduler} ({error})") from error
     with client:
+        with contextlib.suppress(KeyError):  # it has none
+            log.info("dashboard of the cluster: %s", client.dashboard_link)
         # Futures are let go one by one: the results of a worker that dies are made anew otherwise.
         for future in as_completed(client.map(work, tasks, pure=False, retries=TRIES - 1)):
             try:

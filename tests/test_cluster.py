@@ -1,7 +1,10 @@
 """Units that workers make which were started elsewhere: what they see, and when they are gone."""
 
 import functools
+import json
+import logging
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -81,6 +84,77 @@ def test_a_scheduler_that_is_killed_ends_the_run_in_one_sentence(cluster, tmp_pa
     with pytest.raises(StoreError, match=f"the scheduler {address} is gone: .*run the same"):
         list(finished)
     assert capfd.readouterr().err == ""
+
+
+PRELOAD = """
+import os, time
+from toys import ToyClip, ToySegmenter
+from evenlight.pipeline import models, units
+
+class Slow(ToySegmenter):
+    def segment(self, photo):
+        time.sleep(0.2)
+        return super().segment(photo)
+
+LOADED = []
+
+def load(settings):
+    if not LOADED:
+        with open(os.environ["LOADS"], "a") as file:
+            file.write(f"{os.getpid()}\\n")
+        LOADED.append(models.Models(Slow(), ToyClip()))
+    return LOADED[0]
+units.load_models = load
+"""
+
+
+@pytest.mark.slow
+def test_real_workers_may_be_killed_and_added_in_mid_run(tmp_path, caplog):
+    write_photos(tmp_path / "photos", 16)
+    (tmp_path / "preload.py").write_text(PRELOAD)
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths()))}
+    environment |= {"LOADS": str(tmp_path / "loads")}
+    at = ["--scheduler-file", str(tmp_path / "at.json"), "--host", "127.0.0.1"]
+    started = []
+
+    def start(what: str, *more: str) -> subprocess.Popen:
+        command = [sys.executable, "-m", "distributed.cli.dask_" + what, *at, *more]
+        log = (tmp_path / f"{what}.log").open("ab")
+        started.append(subprocess.Popen(command, env=environment, stdout=log, stderr=log))
+        return started[-1]
+
+    def worker() -> subprocess.Popen:
+        alone = ["--nthreads", "1", "--no-nanny", "--no-dashboard"]
+        return start("worker", *alone, "--preload", str(tmp_path / "preload.py"))
+
+    def watch(what: str, done: int, total: int) -> None:
+        if what == "photos" and done == 2:
+            killed.kill()
+            worker()
+
+    try:
+        start("scheduler", "--port", "0", "--dashboard-address", "127.0.0.1:0")
+        killed, _ = worker(), worker()
+        while not (tmp_path / "at.json").exists():
+            time.sleep(0.1)
+        address = json.loads((tmp_path / "at.json").read_text())["address"]
+        caplog.set_level(logging.INFO)
+        models = Models(ToySegmenter(), ToyClip())
+        options = {"settings": SETTINGS, "models": models}
+        report = precompute(
+            tmp_path / "photos", tmp_path / "S", scheduler=address, on_progress=watch, **options
+        )
+    finally:
+        for process in started:
+            process.kill()
+            process.wait()
+    assert (report.units_made, report.failed, models.segmenter.photos) == (8, [], 0)
+    loads = (tmp_path / "loads").read_text().split()
+    assert len(loads) == len(set(loads)) >= 2  # each worker loads once
+    assert re.search(r"dashboard of the cluster: http://127\.0\.0\.1:\d+/status", caplog.text)
+    precompute(tmp_path / "photos", tmp_path / "here", **options)
+    with Store.open(tmp_path / "S") as store, Store.open(tmp_path / "here") as here:
+        assert store.digest() == here.digest()
 
 
 def test_weights_are_named_from_the_root_on(tmp_path, monkeypatch):
