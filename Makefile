@@ -6,7 +6,7 @@ unexport PYTHONDONTWRITEBYTECODE  # else every process compiles torch anew: 6 s 
 # Waiting threads give way: spinning ones make a training step take 20 s for 1 on a busy machine.
 export OMP_WAIT_POLICY := PASSIVE
 
-.PHONY: demo test quick torture check wheel clean
+.PHONY: demo test quick torture check site wheel clean
 
 demo: $(VENV)/ready
 	$(BIN)/python -m evenlight.pipeline.demo demo-output
@@ -26,6 +26,11 @@ check: $(VENV)/ready
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+site: $(VENV)/ready  # docs/ for a browser: build/site/index.html
+	$(BIN)/python -m typer evenlight.cli utils docs --name evenlight --title Commands \
+	    --output docs/commands.md > /dev/null
+	$(BIN)/mkdocs build --quiet --strict
 
 wheel: $(VENV)/ready
 	.ci/wheel
