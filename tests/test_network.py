@@ -9,7 +9,13 @@ from torch import Tensor
 from evenlight.cache.errors import UsageError
 from evenlight.stages.corrector.blocks import Fourier, SpatialMamba
 from evenlight.stages.corrector.correction import Correction, correct, lost
-from evenlight.stages.corrector.network import MAX_OFFSET, MAX_RESIDUAL, Corrector
+from evenlight.stages.corrector.network import (
+    MAX_OFFSET,
+    MAX_RESIDUAL,
+    MAX_SHIFT,
+    WHOLE_FROM,
+    Corrector,
+)
 from evenlight.stages.priors import tone
 from evenlight.stages.settings import SIZES, NetworkSettings
 
@@ -184,6 +190,23 @@ def test_answers_keep_their_bounds_and_the_dark_may_change_more():
     assert float(most.max()) <= dark + 1e-6 and float(most[16:].max()) < float(most[:16].min())
     white = network(0 * photo + 1, proto, p3, t).residual_B3HW
     assert float(white.abs().max()) == pytest.approx(light, abs=1e-6)
+
+
+@torch.no_grad()
+def test_a_photo_that_hardly_changes_is_hardly_departed_from():
+    network = trained()
+    for parameter in network.head.parameters():
+        parameter.mul_(1000)  # whatever it answers
+    photo, proto, p3, _ = inputs(32, 32)
+    for t in (0.0, -0.04, 0.04):
+        answer = network(photo, proto, p3, torch.full((2,), t))
+        share = abs(t) / WHOLE_FROM + 1e-6
+        assert float((answer.strength_B3HW - t).abs().max()) <= share * MAX_OFFSET
+        assert float(answer.cover_B1HW.abs().max()) <= share
+        assert float(answer.shift_B3HW.abs().max()) <= share * MAX_SHIFT
+        assert float(answer.residual_B3HW.abs().max()) <= share * max(MAX_RESIDUAL)
+    full = network(photo, proto, p3, torch.full((2,), -WHOLE_FROM))
+    assert float(full.cover_B1HW.abs().max()) > 0.99
 
 
 def test_the_answer_depends_on_the_strength_of_the_judge():

@@ -24,6 +24,7 @@ from evenlight.stages.settings import SIZES, NetworkSettings
 MAX_OFFSET = 1.6  # how far the strength of a pixel may lie from the photo's
 MAX_SHIFT = 1.0  # of a fill's colour from the grey that the curve makes of white
 MAX_RESIDUAL = (0.06, 0.2)  # in light and in the dark, where noise is lifted
+WHOLE_FROM = 0.4  # |strength| of the photo from which on the answer counts in full
 PROTO_CHANNELS = 32  # FastSAM mask prototypes
 SEEN = 9  # planes that the tone head's network sees: photo, toned photo, what is lost
 # Before the tanh: offset moves slowly, lest training starts with photos too dark or too bright; the
@@ -145,15 +146,16 @@ class Corrector(nn.Module):
             )
         offset, cover, shift, residual = answer.tanh().split([3, 1, 3, 3], dim=1)
         t_B111 = strength_B[:, None, None, None]
-        darkened = (t_B111 < 0).float()
+        share = (t_B111.abs() / WHOLE_FROM).clamp(max=1)
+        filled = share * (t_B111 < 0)
         light, dark = MAX_RESIDUAL
         most = light + (dark - light) * (1 - luma(photo.float())) ** 4
         return Correction(
             whole_B=strength_B,
-            strength_B3HW=t_B111 + MAX_OFFSET * offset,
-            cover_B1HW=darkened * cover,
-            shift_B3HW=darkened * MAX_SHIFT * shift,
-            residual_B3HW=most * residual,
+            strength_B3HW=t_B111 + share * MAX_OFFSET * offset,
+            cover_B1HW=filled * cover,
+            shift_B3HW=filled * MAX_SHIFT * shift,
+            residual_B3HW=share * most * residual,
         )
 
 
