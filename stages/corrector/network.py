@@ -24,7 +24,7 @@ from evenlight.stages.settings import SIZES, NetworkSettings
 MAX_OFFSET = 1.6  # how far the strength of a pixel may lie from the photo's
 MAX_SHIFT = 1.0  # of a fill's colour from the grey that the curve makes of white
 MAX_RESIDUAL = (0.06, 0.2)  # in light and in the dark, where noise is lifted
-WHOLE_FROM = 0.4  # |strength| of the photo from which on the answer counts in full
+WHOLE_FROM = 0.3  # |strength| of the photo from which on the answer counts in full
 PROTO_CHANNELS = 32  # FastSAM mask prototypes
 SEEN = 9  # planes that the tone head's network sees: photo, toned photo, what is lost
 # Before the tanh: offset moves slowly, lest training starts with photos too dark or too bright; the
