@@ -484,7 +484,7 @@ def main() -> None:
         raise SystemExit(app(arguments, standalone_mode=not as_json))
     except EvenlightError as error:
         code = next(code for kind, code in exits.EXIT_CODES if isinstance(error, kind))
-        end(str(error), code, as_json)
+        end("" if exits.left_to_first(error) else str(error), code, as_json)
     except (MemoryError, ModuleNotFoundError) as error:
         end(exits.lacks(error), exits.ENVIRONMENT, as_json)
     except BadUsage as error:
@@ -493,7 +493,7 @@ def main() -> None:
         end(str(error), exits.SOME_FAILED, as_json)
     except exits.Stopped as stopped:
         said = "stopped; what is complete is kept: run the same command again to go on"
-        end(said, int(stopped.code or 0), as_json)
+        end("" if exits.left_to_first(stopped) else said, int(stopped.code or 0), as_json)
 
 
 if __name__ == "__main__":

@@ -34,9 +34,9 @@ from evenlight.cache.files import Lock, read_json, write_json
 from evenlight.cache.store import Store
 from evenlight.pipeline import config
 from evenlight.pipeline.evaluate import open_case
-from evenlight.pipeline.train import load_data
+from evenlight.pipeline.training_photos import load_data
 from evenlight.stages.corrector.apply import apply_maps, fit_maps
-from evenlight.stages.corrector.batches import TrainingData
+from evenlight.stages.corrector.cached import TrainingData
 from evenlight.stages.corrector.checkpoint import load_corrector
 from evenlight.stages.corrector.inputs import at_working_size, rule_corrected
 from evenlight.stages.corrector.losses import Frozen

@@ -16,6 +16,7 @@ from rich.console import Console
 
 from evenlight.cache.errors import EnvironmentLacks
 from evenlight.pipeline.exits import SOME_FAILED
+from evenlight.stages.corrector.launch import launched
 from evenlight.stages.photos.find import without_controls
 
 log = logging.getLogger(__name__)
@@ -55,8 +56,14 @@ def silent(what: str, done: int, total: int) -> None:
 
 @contextlib.contextmanager
 def watched(quiet: bool, verbose: bool) -> Iterator[Progress]:
-    """Progress and words of a command: of quiet ones only what failed, of verbose ones more."""
-    listen(logging.WARNING if quiet else logging.DEBUG if verbose else logging.INFO)
+    """Progress and words of a command: of quiet ones only what failed, of verbose ones more.
+
+    Of several processes that torchrun started, the first speaks for all.
+    """
+    follows = launched().rank > 0
+    level = logging.WARNING if quiet else logging.DEBUG if verbose else logging.INFO
+    listen(logging.CRITICAL if follows else level)
+    quiet = quiet or follows
     with contextlib.nullcontext(silent) if quiet else progress() as on_progress:
         yield on_progress
 
@@ -125,8 +132,8 @@ def give_up_stdout() -> None:
 
 
 def emit(result: Any, as_json: bool) -> None:
-    """The result as one JSON document on stdout, if asked for."""
-    if as_json:
+    """The result as one JSON document on stdout, if asked for; of the first process alone."""
+    if as_json and not launched().rank:
         plain = asdict(result) if is_dataclass(result) and not isinstance(result, type) else result
         print(json.dumps(_without_nan(plain), indent=2, default=str, allow_nan=False))
 
@@ -170,9 +177,12 @@ def finish(report: Any, as_json: bool) -> int:
 
 
 def end(sentence: str, code: int, as_json: bool) -> NoReturn:
-    """End the process with an error in words."""
+    """End the process with an error in words: those of several say which, but the first; one that
+    is left to the first has none."""
+    rank = launched().rank
     with contextlib.suppress(OSError):  # stderr or stdout is what failed
-        stderr.print(f"evenlight: {sentence}")
+        if sentence:
+            stderr.print(f"evenlight: {f'process {rank}: ' if rank else ''}{sentence}")
         emit({"error": sentence, "exit": code}, as_json)
     give_up_stdout()
     raise SystemExit(code) from None

@@ -4,6 +4,7 @@ import signal
 from types import FrameType
 
 from evenlight.cache.errors import EnvironmentLacks, EvenlightError, StoreError, UsageError
+from evenlight.stages.corrector.launch import SaidByFirst, launched
 
 SOME_FAILED, USAGE, STORE, ENVIRONMENT = 1, 2, 3, 4
 EXIT_CODES: tuple[tuple[type[EvenlightError], int], ...] = (
@@ -19,6 +20,11 @@ def lacks(error: MemoryError | ModuleNotFoundError) -> str:
     if isinstance(error, ModuleNotFoundError):
         return f"this needs {error.name}, which is not installed"
     return f"this needs more memory than there is ({error})"
+
+
+def left_to_first(error: BaseException) -> bool:
+    """Whether every process of a training meets this alike, and this one is not the first."""
+    return launched().rank > 0 and isinstance(error, UsageError | SaidByFirst | Stopped)
 
 
 class Stopped(SystemExit):

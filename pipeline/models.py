@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from evenlight.cache.errors import EnvironmentLacks, StoreError, UsageError, one_line
+from evenlight.stages.corrector.launch import launched
 from evenlight.stages.priors import fingerprints
 from evenlight.stages.settings import ClipSettings, RegionSettings, Settings
 
@@ -77,7 +78,7 @@ def read_judge(tensors: Mapping[str, Any], where: str) -> "Judge":
 
 
 def choose_device(name: str) -> str:
-    """ "auto" becomes cuda where there is one, else cpu.
+    """ "auto" becomes cuda where there is one, else cpu; cuda, of several ranks, each one's own.
 
     Raises UsageError for what names no device, EnvironmentLacks for one that is not here.
     """
@@ -85,7 +86,15 @@ def choose_device(name: str) -> str:
 
     num_devices = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if name == "auto":
-        return "cuda" if num_devices else "cpu"
+        name = "cuda" if num_devices else "cpu"
+    launch = launched()
+    if launch.here > 1 and name.startswith("cuda"):
+        if launch.here > num_devices or name != "cuda":
+            raise EnvironmentLacks(
+                f"{launch.here} processes were started here for {num_devices} CUDA devices, and "
+                f"run.device is {name}: start one a device with run.device=auto, or set it to cpu"
+            )
+        return f"cuda:{launch.local_rank}"
     if not re.fullmatch(r"cpu|cuda(:\d{1,3})?", name):
         raise UsageError(f"run.device must be cpu, cuda, cuda:N or auto, got {name!r}")
     if name != "cpu" and int(name[5:] or 0) >= num_devices:

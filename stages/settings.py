@@ -342,6 +342,13 @@ class RunSettings(Section):
     device: str = setting("auto", "run", "auto, cpu, cuda or cuda:1")
     unit_size: int = a_count(32, "run", "photos per unit; fixed when a store is made", high=4096)
     workers: int = a_count(1, "run", "processes; 1: all in this one", high=1024)
+    memory_gb: float = setting(
+        0.0,
+        "run",
+        "memory for photos of a training, GB; what is more is read ahead; 0: .6 of what is free",
+        low=0,
+        high=1_000_000,
+    )
     retry_failed: bool = setting(False, "run", "photos that failed are tried again as they are")
 
 

@@ -12,7 +12,8 @@ from evenlight.pipeline import config
 from evenlight.pipeline.judge import store_judge
 from evenlight.pipeline.models import Models
 from evenlight.pipeline.precompute import precompute
-from evenlight.pipeline.train import load_data, refuse_stale, train
+from evenlight.pipeline.train import refuse_stale, train
+from evenlight.pipeline.training_photos import load_data
 from evenlight.stages.corrector.inputs import at_working_size, rule_corrected
 from evenlight.stages.photos.canvas import working
 from evenlight.stages.photos.decode import decode
@@ -65,7 +66,7 @@ def test_a_stale_store_is_refused_with_the_cure(store, overrides, models, said):
 def test_two_trainings_of_one_folder_are_refused_before_anything_is_read_or_written(
     store, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr("evenlight.pipeline.train.load_data", None)
+    monkeypatch.setattr("evenlight.pipeline.train.load_photos", None)
     models = Models(ToySegmenter(), ToyClip())
     with Lock(tmp_path / ".lock", "run"), pytest.raises(StoreError, match="is in use by"):
         train(store.path, tmp_path, settings=SETTINGS, models=models)

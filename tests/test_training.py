@@ -13,11 +13,12 @@ from torch import Tensor
 from evenlight.cache.errors import StoreError, UsageError
 from evenlight.cache.files import Lock
 from evenlight.stages.corrector import training
-from evenlight.stages.corrector.batches import Batch, Draw, TrainingData
+from evenlight.stages.corrector.batches import Batch
+from evenlight.stages.corrector.cached import TrainingData
 from evenlight.stages.corrector.checkpoint import load_checkpoint, load_corrector, load_latest
 from evenlight.stages.corrector.losses import Frozen
 from evenlight.stages.corrector.run import Run
-from evenlight.stages.corrector.streams import plan_streams, validation_draws
+from evenlight.stages.corrector.streams import Draw, plan_streams, validation_draws
 from evenlight.stages.corrector.training import Kept, NonFinite, train
 from evenlight.stages.priors import tone
 from evenlight.stages.settings import LossSettings, NetworkSettings, Settings, TrainSettings
@@ -301,7 +302,7 @@ def test_training_learns_what_the_curve_does_not_do(tmp_path):
     tinted = data.pseudo_gt.float() * torch.tensor([1.0, 0.8, 0.9]).view(3, 1, 1)
     data = replace(data, pseudo_gt=tinted.byte())
     result = run(tmp_path, settings, data=data)
-    checks = validation_draws(plan_streams(data, settings.train)[1], settings.train)
+    checks = validation_draws(plan_streams(data.about, settings.train)[1], settings.train)
     elsewhere = Lock(tmp_path / "none" / ".lock", "none")
     untrained = training.begin(6, settings, elsewhere, {}, True, torch.device("cpu"))
     start = training.validate(untrained.network, data, checks, settings)

@@ -9,64 +9,40 @@ Which photos, crops, flips and cameras is a pure function of (seed, step), so th
 goes on exactly as if it had not stopped.
 """
 
-# N photos of the set, B of a batch, S canvas side (the working size), all in pixels
+# B photos of a batch, S canvas side (the working size), c side of a crop, all in pixels
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from evenlight.stages.corrector.camera import Camera, mis_exposed
+from evenlight.stages.corrector.camera import mis_exposed
 from evenlight.stages.corrector.correction import lost
+from evenlight.stages.corrector.ranks import ALONE, Ranks
+from evenlight.stages.corrector.streams import SMALL_SIDE, Draw, Sample
 from evenlight.stages.pixels import box_mean, luma
 from evenlight.stages.priors import tone
 
 FAMILY = "film"  # by which brightness is divided out: the judge's
-SMALL_SIDE = 32  # of copies that brightness is taken from, pixels
 DISAGREE = 0.12  # of two frames at like brightness: something moved
 DISAGREE_RADIUS = 2  # pixels
 CLIPPED = 254 / 255  # from here on a pseudo-GT, made by a curve, does not know
 
 
-@dataclass(frozen=True, kw_only=True)
-class TrainingData:
-    """Cached tensors at the working size, on the training device where they fit.
+class Photo(NamedTuple):
+    """What is cached of one photo, at the working size.
 
-    Photos lie top-left on an S x S canvas; the rest of the canvas repeats their edges.
+    It lies top-left on an S x S canvas; the rest of the canvas repeats its edges.
     """
 
-    photo: Tensor  # u8 N,3,S,S, RGB sRGB
-    extent: Tensor  # integers N,2: true height and width, multiples of 8
-    proto: Tensor  # f16 N,32,S/4,S/4
-    p3: Tensor  # f16 N,C,S/8,S/8
-    regions: Tensor  # u8 N,S,S
-    pseudo_gt: Tensor  # u8 N,3,S,S
-    confidence: Tensor  # f16 N,S/4,S/4
-    well_exposed: Tensor  # bool N
-    names: Sequence[str]  # of the photos, for messages
-
-
-class Sample(NamedTuple):
-    """The random choices of one row of a batch."""
-
-    stream: str
-    photo: int
-    target: int  # the photo itself, but in `scenes`
-    corner: tuple[int, int]  # top, left, multiples of 8
-    flip: bool
-    camera: Camera | None  # of `good`
-
-
-class Draw(NamedTuple):
-    """The random choices of one step."""
-
-    samples: list[Sample]
-    noise: int  # seed
-    view: tuple[int, int, int, int]  # top, left, height, width of the prompt half's crop
-    seen: tuple[int, int] | None  # rows from, to that FastSAM and CLIP see; None: not this step
+    photo: Tensor  # u8 3,S,S, RGB sRGB
+    proto: Tensor  # f16 32,S/4,S/4
+    p3: Tensor  # f16 C,S/8,S/8
+    regions: Tensor  # u8 S,S
+    pseudo_gt: Tensor  # u8 3,S,S
+    confidence: Tensor  # f16 S/4,S/4
 
 
 class Batch(NamedTuple):
@@ -79,40 +55,47 @@ class Batch(NamedTuple):
     target: Tensor  # f32 B,3,c,c
     confidence: Tensor  # f32 B,1,c,c, 0 outside the photo and where the target does not know
     labels: Tensor  # u8 B,c,c
-    chosen: Draw
+    chosen: Draw  # of all rows of the step
+    ranks: Ranks = ALONE  # which has these rows of it, and who has the others
 
 
 def take(
-    data: TrainingData,
+    photos: Mapping[int, Photo],
     extents: Sequence[Sequence[int]],
     chosen: Draw,
     crop: int,
     device: torch.device,
+    ranks: Ranks = ALONE,
 ) -> Batch:
-    """Cut, flip and mis-expose on the device.
+    """Cut, flip and mis-expose on the device; of the rows of a step, those of this rank.
 
-    Nothing but the choices is copied from the host where data lies on the device too; data that
-    does not fit there stays in host memory, and then the crops are copied.
+    Nothing but the choices is copied from the host where photos lie on the device too; where they
+    lie in host memory, the crops are copied.
     """
-    samples = chosen.samples
+    rows = ranks.rows(len(chosen.samples))
+    samples = [chosen.samples[row] for row in rows]
+    seen_photos = [photos[sample.photo] for sample in samples]
 
-    def cut(x: Tensor, i: int, sample: Sample, stride: int) -> Tensor:
+    def cut(x: Tensor, sample: Sample, stride: int) -> Tensor:
         (top, left), side = (corner // stride for corner in sample.corner), crop // stride
-        piece = x[i, ..., top : top + side, left : left + side]
+        piece = x[..., top : top + side, left : left + side]
         return piece.flip(-1) if sample.flip else piece
 
-    def seen(x: Tensor, stride: int) -> Tensor:
-        pieces = torch.stack([cut(x, sample.photo, sample, stride) for sample in samples])
-        return pieces.to(device, non_blocking=True)
+    def batched(entries: Iterable[Tensor], stride: int) -> Tensor:
+        pieces = [cut(x, sample, stride) for x, sample in zip(entries, samples, strict=True)]
+        return torch.stack(pieces).to(device, non_blocking=True)
 
-    answers = [
-        cut(data.pseudo_gt if s.stream == "bad" else data.photo, s.target, s, 1) for s in samples
-    ]
-    target = torch.stack(answers).to(device, non_blocking=True).float() / 255
-    labels = seen(data.regions, 1)
-    photo = _shot(chosen, seen(data.photo, 1).float() / 255, target, labels)
+    def answer(sample: Sample) -> Tensor:
+        photo = photos[sample.target]
+        return photo.pseudo_gt if sample.stream == "bad" else photo.photo
+
+    target = batched(map(answer, samples), 1).float() / 255
+    labels = batched((x.regions for x in seen_photos), 1)
+    photo = batched((x.photo for x in seen_photos), 1).float() / 255
+    photo = _shot(chosen, rows, photo, target, labels)
     strength = _divided_out(photo, target)
-    cached = F.interpolate(seen(data.confidence, 4)[:, None].float(), scale_factor=4.0)
+    cached = batched((x.confidence for x in seen_photos), 4)[:, None].float()
+    cached = F.interpolate(cached, scale_factor=4.0)
     confidence = [
         _known(sample, photo[row], target[row], strength[row], cached[row])
         * _inside(sample, extents[sample.photo], crop, device)
@@ -121,22 +104,31 @@ def take(
     return Batch(
         photo=photo,
         strength=strength,
-        proto=seen(data.proto, 4).float(),
-        p3=seen(data.p3, 8).float(),
+        proto=batched((x.proto for x in seen_photos), 4).float(),
+        p3=batched((x.p3 for x in seen_photos), 8).float(),
         target=target,
         confidence=torch.stack(confidence),
         labels=labels,
         chosen=chosen,
+        ranks=ranks,
     )
 
 
-def _shot(chosen: Draw, photo: Tensor, target: Tensor, labels: Tensor) -> Tensor:
-    """The photos, those of `good` as their cameras kept them."""
-    shots = [(row, s.camera) for row, s in enumerate(chosen.samples) if s.camera is not None]
-    if shots:
-        own, cameras = [row for row, _ in shots], [camera for _, camera in shots]
+def _shot(
+    chosen: Draw, rows: Sequence[int], photo: Tensor, target: Tensor, labels: Tensor
+) -> Tensor:
+    """The photos, those of `good` as their cameras kept them.  rows: theirs in the step."""
+    shots = [row for row, sample in enumerate(chosen.samples) if sample.camera is not None]
+    own = [place for place, row in enumerate(rows) if row in shots]
+    if own:
+        # drawn for all rows of the step, so that each has its own whoever has the others
         noise = torch.Generator().manual_seed(chosen.noise)
-        photo[own] = mis_exposed(target[own], labels[own], cameras, noise)
+        grain = torch.randn((len(shots), *photo.shape[1:]), generator=noise)
+        mine = [shots.index(rows[place]) for place in own]
+        cameras = [camera for sample in chosen.samples if (camera := sample.camera) is not None]
+        photo[own] = mis_exposed(
+            target[own], labels[own], [cameras[i] for i in mine], grain[mine].to(photo.device)
+        )
     return photo
 
 

@@ -61,11 +61,11 @@ def draw_camera(generator: Generator, uneven: float) -> Camera:
 
 
 def mis_exposed(
-    good_B3HW: Tensor, labels_BHW: Tensor, cameras: Sequence[Camera], noise: Generator
+    good_B3HW: Tensor, labels_BHW: Tensor, cameras: Sequence[Camera], grain_B3HW: Tensor
 ) -> Tensor:
     """What each camera kept of its photo.  good: float RGB in [0, 1]; labels: uint8.
 
-    noise: a generator on the CPU.  Returns float32 B,3,H,W, whole multiples of 1/255.
+    grain: of variance 1, the noise of each.  Returns float32 B,3,H,W, whole multiples of 1/255.
     """
 
     def each(values: Sequence[float]) -> Tensor:
@@ -76,8 +76,8 @@ def mis_exposed(
     exposure = -torch.log1p(-(good_B3HW.clamp(0, FULL) ** (1 / b))) * torch.stack(gains).exp()
     kept = (-torch.expm1(-exposure)).clamp_min(1e-6) ** b
     kept = kept / each([camera.white for camera in cameras])
-    grain = torch.randn(kept.shape, generator=noise).to(kept.device)  # before white clips it
-    kept = kept + each([camera.noise for camera in cameras]) * grain * (0.3 + kept).sqrt()
+    noise_B111 = each([camera.noise for camera in cameras])
+    kept = kept + noise_B111 * grain_B3HW * (0.3 + kept).sqrt()  # before white clips it
     kept = blocky(kept.clamp(0, 1), each([camera.quantum for camera in cameras]) / 255)
     return (kept.clamp(0, 1) * 255).round() / 255
 

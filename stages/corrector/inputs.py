@@ -27,16 +27,22 @@ def rule_corrected(photo_HW3: np.ndarray, xp: Any = None) -> np.ndarray:
     return tone.on_bytes(RULE_FAMILY, photo_HW3, float(strength[0]), xp)
 
 
+def photo_at_working_size(photo_HW3: np.ndarray, size: int, xp: Any = None) -> Array:
+    """The photo (uint8) at the working size: float 1,3,H,W in [0, 1], rounded to 8 bits."""
+    extent = Extent.of(photo_HW3.shape[0], photo_HW3.shape[1], size)
+    photo = resize(to_float(photo_HW3, xp), extent.height, extent.width)
+    xp = namespace(photo)
+    return xp.round(xp.clip(photo, 0, 1) * 255) / 255
+
+
 def at_working_size(
     photo_HW3: np.ndarray, proto_1chw: Array, p3_1chw: Array, size: int
 ) -> tuple[Array, Array, Array]:
-    """Photo (float 1,3,H,W in [0, 1], rounded to 8 bits), proto and P3 at the working size."""
-    extent = Extent.of(photo_HW3.shape[0], photo_HW3.shape[1], size)
-    height, width = extent.height, extent.width
-    xp = namespace(proto_1chw)
-    photo = resize(to_float(photo_HW3, xp), height, width)
+    """The photo as `photo_at_working_size`, proto and P3 at the same."""
+    photo = photo_at_working_size(photo_HW3, size, namespace(proto_1chw))
+    height, width = photo.shape[2:]
     return (
-        xp.round(xp.clip(photo, 0, 1) * 255) / 255,
+        photo,
         resize(proto_1chw, height // 4, width // 4),
         resize(p3_1chw, height // 8, width // 8),
     )

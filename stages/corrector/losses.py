@@ -1,10 +1,13 @@
 """Training losses (docs/method.md 7) and the one-time calibration of their shares.
 
-Every part is a mean that is 0 when the output is what it should be, finite on any photo.
+Every part is a mean that is 0 when the output is what it should be, finite on any photo.  Of a
+batch whose rows lie on several ranks, each rank has its share of that mean: the shares of all add
+up to it.
 """
 
 # B batch, H W pixels, h w of a feature map, C channels, R regions
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -15,6 +18,7 @@ from torch import Tensor
 
 from evenlight.stages.corrector.batches import Batch
 from evenlight.stages.corrector.correction import lost
+from evenlight.stages.corrector.ranks import ALONE, Ranks
 from evenlight.stages.pixels import luma
 from evenlight.stages.settings import LossSettings
 
@@ -46,37 +50,53 @@ class Frozen(NamedTuple):
 def total(
     batch: Batch, output: Tensor, weights: dict[str, float], settings: LossSettings, models: Frozen
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """The weighted sum, and its parts without weights.
+    """The weighted sum, and its parts without weights: of each, this rank's share.
 
     output: the corrected photos of the batch, float B,3,H,W; it may leave [0, 1].  Parts with
     share 0 are left out, and the semantic and prompt halves where the models see no photo.
     """
-    target, confidence, chosen = batch.target, batch.confidence, batch.chosen
+    target, confidence, ranks = batch.target, batch.confidence, batch.ranks
     if settings.faithful:
-        parts = {"data": mse(output, target, confidence)}
+        parts = {"data": mse(output, target, confidence, ranks)}
     else:
         guessed = taken(batch)
-        parts = {"data": charbonnier(output, target, confidence, guessed, settings.light)}
+        parts = {"data": charbonnier(output, target, confidence, guessed, settings.light, ranks)}
     if settings.edges:
-        parts["edges"] = edges(output, target, confidence)
+        parts["edges"] = edges(output, target, confidence, ranks)
     if settings.colour:
-        parts["colour"] = colour(output, target, confidence)
+        parts["colour"] = colour(output, target, confidence, ranks)
     if settings.clipped:
-        parts["clipped"] = clipped(output, target, confidence, batch.photo)
-    if chosen.seen is not None:
-        rows = slice(*chosen.seen)
-        seen = output[rows].clamp(0, 1)
-        if settings.semantic:
-            parts["semantic"] = semantic(seen, target[rows], batch.labels[rows], models.features)
-        if settings.prompt:
-            parts["prompt"] = prompt(seen, models.logits, chosen.view)
+        parts["clipped"] = clipped(output, target, confidence, batch.photo, ranks)
+    parts |= _asked(batch, output, settings, models)
     weighted = [weights[name] * part for name, part in parts.items()]
     return torch.stack(weighted).sum(), parts
 
 
-def mse(output_B3HW: Tensor, target_B3HW: Tensor, confidence_B1HW: Tensor) -> Tensor:
+def _asked(
+    batch: Batch, output: Tensor, settings: LossSettings, models: Frozen
+) -> dict[str, Tensor]:
+    """The halves that ask frozen models, of the rows that these see: means over those rows."""
+    if batch.chosen.seen is None:
+        return {}
+    first, stop = batch.chosen.seen
+    rows = batch.ranks.own(first, stop)
+    share = (rows.stop - rows.start) / (stop - first)
+    seen, target = output[rows].clamp(0, 1), batch.target[rows]
+    parts = {}
+    if settings.semantic:
+        labels = batch.labels[rows]
+        parts["semantic"] = lambda: semantic(seen, target, labels, models.features)
+    if settings.prompt:
+        parts["prompt"] = lambda: prompt(seen, models.logits, batch.chosen.view)
+    # a rank without such rows adds nothing, and its 0 has a gradient as the others' shares have
+    return {name: share * part() if share else 0 * output.sum() for name, part in parts.items()}
+
+
+def mse(
+    output_B3HW: Tensor, target_B3HW: Tensor, confidence_B1HW: Tensor, ranks: Ranks = ALONE
+) -> Tensor:
     """Squared error weighted by confidence: the paper's data term."""
-    return _weighted_mean((output_B3HW - target_B3HW).square(), confidence_B1HW)
+    return _weighted_mean((output_B3HW - target_B3HW).square(), confidence_B1HW, ranks)
 
 
 def charbonnier(
@@ -85,6 +105,7 @@ def charbonnier(
     confidence_B1HW: Tensor,
     guessed_B3HW: Tensor,
     light: float,
+    ranks: Ranks = ALONE,
 ) -> Tensor:
     """Smooth absolute error, and twice the squared one, weighted by confidence.
 
@@ -96,7 +117,7 @@ def charbonnier(
     absolute = (error.square() + 1e-5).sqrt() - 1e-5**0.5
     leaning = 1 - (2 * light - 1) * error.sign() * guessed_B3HW
     squared = 2 * error.square() * (1 - guessed_B3HW)
-    return _weighted_mean(leaning * absolute + squared, confidence_B1HW)
+    return _weighted_mean(leaning * absolute + squared, confidence_B1HW, ranks)
 
 
 def taken(batch: Batch) -> Tensor:
@@ -104,13 +125,19 @@ def taken(batch: Batch) -> Tensor:
     return lost(batch.photo) * (batch.strength < 0).view(-1, 1, 1, 1)
 
 
-def edges(output_B3HW: Tensor, target_B3HW: Tensor, confidence_B1HW: Tensor) -> Tensor:
+def edges(
+    output_B3HW: Tensor, target_B3HW: Tensor, confidence_B1HW: Tensor, ranks: Ranks = ALONE
+) -> Tensor:
     """Absolute error of the differences between neighbours, down and to the right."""
-    return _edge_error(output_B3HW - target_B3HW, confidence_B1HW)
+    return _edge_error(output_B3HW - target_B3HW, confidence_B1HW, ranks)
 
 
 def clipped(
-    output_B3HW: Tensor, target_B3HW: Tensor, confidence_B1HW: Tensor, photo_B3HW: Tensor
+    output_B3HW: Tensor,
+    target_B3HW: Tensor,
+    confidence_B1HW: Tensor,
+    photo_B3HW: Tensor,
+    ranks: Ranks = ALONE,
 ) -> Tensor:
     """The same of colour apart from brightness, along the borders of what was lost, where clipped
     channels leave green, pink and yellow bands; 0 where nothing was lost."""
@@ -118,14 +145,16 @@ def clipped(
     taken = lost(photo_B3HW).amax(1, keepdim=True)
     side = 2 * BORDER + 1
     border = F.max_pool2d(taken, side, 1, BORDER) + F.max_pool2d(-taken, side, 1, BORDER)
-    return _edge_error(error - luma(error), confidence_B1HW * border)
+    return _edge_error(error - luma(error), confidence_B1HW * border, ranks)
 
 
-def colour(output_B3HW: Tensor, target_B3HW: Tensor, confidence_B1HW: Tensor) -> Tensor:
+def colour(
+    output_B3HW: Tensor, target_B3HW: Tensor, confidence_B1HW: Tensor, ranks: Ranks = ALONE
+) -> Tensor:
     """1 - cosine of the RGB vectors of each pixel, near-black targets skipped."""
     has_hue_B1HW = target_B3HW.norm(dim=1, keepdim=True) >= DARK
     cosine_BHW = F.cosine_similarity(output_B3HW, target_B3HW, dim=1, eps=1e-2)
-    return _weighted_mean(1 - cosine_BHW[:, None], confidence_B1HW * has_hue_B1HW)
+    return _weighted_mean(1 - cosine_BHW[:, None], confidence_B1HW * has_hue_B1HW, ranks)
 
 
 def semantic(
@@ -172,12 +201,16 @@ class Calibration:
         """Whether `measure` is due at this step."""
         return not self.done and self.window[0] <= step < self.window[1]
 
-    def measure(self, parts: dict[str, Tensor], output_B3HW: Tensor) -> None:
+    def measure(self, parts: dict[str, Tensor], output_B3HW: Tensor, ranks: Ranks = ALONE) -> None:
+        squared = {}
         for name, part in parts.items():
             (gradient,) = torch.autograd.grad(
                 part, output_B3HW, retain_graph=True, allow_unused=True
             )
-            norm = 0.0 if gradient is None else float(gradient.norm())
+            norm = part.new_zeros(()) if gradient is None else gradient.norm()
+            squared[name] = norm.double().square()  # which holds every float32 exactly
+        for name, square in ranks.totals(squared).items():
+            norm = math.sqrt(square)
             if norm > 0:
                 sum_and_count = self.norms.setdefault(name, [0.0, 0])
                 sum_and_count[0] += norm
@@ -201,18 +234,20 @@ class Calibration:
         self.done = bool(state["done"])
 
 
-def _weighted_mean(error_BCHW: Tensor, weight_B1HW: Tensor) -> Tensor:
+def _weighted_mean(error_BCHW: Tensor, weight_B1HW: Tensor, ranks: Ranks) -> Tensor:
+    """This rank's share of the mean over the rows of all ranks."""
     weight = weight_B1HW.expand_as(error_BCHW)
-    return (error_BCHW * weight).sum() / weight.sum().clamp_min(1e-3)
+    return (error_BCHW * weight).sum() / ranks.total(weight.sum()).clamp_min(1e-3)
 
 
-def _edge_error(error_B3HW: Tensor, weight_B1HW: Tensor) -> Tensor:
+def _edge_error(error_B3HW: Tensor, weight_B1HW: Tensor, ranks: Ranks) -> Tensor:
     """Mean of both directions; a difference counts where both its pixels do."""
     parts = []
     for dim in (2, 3):
         length = error_B3HW.shape[dim] - 1
         first, second = (weight_B1HW.narrow(dim, start, length) for start in (0, 1))
-        parts.append(_weighted_mean(error_B3HW.diff(dim=dim).abs(), torch.minimum(first, second)))
+        weight = torch.minimum(first, second)
+        parts.append(_weighted_mean(error_B3HW.diff(dim=dim).abs(), weight, ranks))
     return (parts[0] + parts[1]) / 2
 
 

@@ -53,6 +53,10 @@ class _Progress:
     best_step: int
     best_psnr: float | None
     calibration: _Calibrated
+    ranks: int = 1  # of the process that wrote it
+
+    def __post_init__(self) -> None:
+        assert self.ranks > 0, f"{self.ranks} ranks"
 
 
 @dataclass(kw_only=True)
@@ -68,7 +72,9 @@ class Run:
     step: int = 0  # steps done
     best_step: int = 0
     best_psnr: float = -math.inf
+    ranks: int = 1  # that it is trained by
     history: list[float] = field(default_factory=list)  # seconds of the steps of this call
+    waited: list[float] = field(default_factory=list)  # of those, for photos to be read
 
     @property
     def folder(self) -> Path:
@@ -85,6 +91,7 @@ class Run:
             "best_step": self.best_step,
             "best_psnr": self.best_psnr if math.isfinite(self.best_psnr) else None,
             "calibration": self.calibration.state(),
+            "ranks": self.ranks,
         }
         info = self.info | {"progress": progress}
         save_checkpoint(checkpoints_of(self.folder), self.step, tensors, info, self.best_step)
@@ -100,6 +107,14 @@ class Run:
         self.step, self.best_step = checkpoint.step, progress.best_step
         self.best_psnr = -math.inf if progress.best_psnr is None else progress.best_psnr
         self.calibration.restore(vars(progress.calibration))
+        if progress.ranks != self.ranks:
+            log.info(
+                "trained by %d process%s until now, by %d from here on: the steps are the same, "
+                "their losses to rounding",
+                progress.ranks,
+                "" if progress.ranks == 1 else "es",
+                self.ranks,
+            )
 
     def _take(self, tensors: dict[str, Tensor]) -> None:
         def part(prefix: str) -> dict[str, Tensor]:
@@ -128,6 +143,7 @@ def begin(
     info: dict[str, Any],
     resume: bool,
     device: torch.device,
+    ranks: int = 1,
 ) -> Run:
     """A new run, or the newest whole checkpoint of the same run in the folder of the lock.
 
@@ -150,6 +166,7 @@ def begin(
         ema=copy.deepcopy(network).eval().requires_grad_(False),
         optimiser=torch.optim.AdamW(groups, lr=settings.train.learning_rate, betas=(0.9, 0.99)),
         calibration=Calibration(settings.losses, settings.train.calibrate),
+        ranks=ranks,
     )
     checkpoints = checkpoints_of(run.folder)
     checkpoint = load_latest(checkpoints)

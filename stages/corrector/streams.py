@@ -9,6 +9,7 @@ resumed run goes on exactly as if it had not stopped.
 import functools
 import logging
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -16,8 +17,7 @@ from torch import Generator, Tensor
 from torch.nn import functional as F
 
 from evenlight.cache.errors import UsageError
-from evenlight.stages.corrector.batches import SMALL_SIDE, Draw, Sample, TrainingData
-from evenlight.stages.corrector.camera import draw_camera
+from evenlight.stages.corrector.camera import Camera, draw_camera
 from evenlight.stages.corrector.scenes import find_scenes, pairs
 from evenlight.stages.settings import TrainSettings
 
@@ -25,9 +25,42 @@ log = logging.getLogger(__name__)
 GRID = 8  # crops start on it, so that features at /4 and /8 slice exactly
 BLANK = (0.12, 0.35)  # shares of blown and of black pixels from which a photo teaches nothing
 BLOWN, BLACK = 250 / 255, 5 / 255
+SMALL_SIDE = 32  # of copies that brightness is taken from, pixels
 VALIDATED = 24  # samples of a stream, at most, that choose the best checkpoint
 
 Pair = tuple[int, int]  # indices of a photo and of the one that is its answer
+
+
+@dataclass(frozen=True, kw_only=True)
+class About:
+    """What is known of every photo before training starts: of each a little."""
+
+    names: Sequence[str]  # for messages, and for scenes
+    extents: Sequence[Sequence[int]]  # true height and width at the working size
+    well_exposed: Sequence[bool]  # by the judge
+    blank: Sequence[bool]  # white paper or a black frame
+    small: Tensor  # f32 N,3,32,32 in [0, 1]: the whole photos without their canvas
+    p3_channels: int
+
+
+class Sample(NamedTuple):
+    """The random choices of one row of a batch."""
+
+    stream: str
+    photo: int
+    target: int  # the photo itself, but in `scenes`
+    corner: tuple[int, int]  # top, left, multiples of 8
+    flip: bool
+    camera: Camera | None  # of `good`
+
+
+class Draw(NamedTuple):
+    """The random choices of one step."""
+
+    samples: list[Sample]
+    noise: int  # seed
+    view: tuple[int, int, int, int]  # top, left, height, width of the prompt half's crop
+    seen: tuple[int, int] | None  # rows from, to that FastSAM and CLIP see; None: not this step
 
 
 class Pools(NamedTuple):
@@ -38,16 +71,14 @@ class Pools(NamedTuple):
     scenes: list[Pair]
 
 
-def plan_streams(data: TrainingData, settings: TrainSettings) -> tuple[Pools, Pools]:
+def plan_streams(about: About, settings: TrainSettings) -> tuple[Pools, Pools]:
     """What to train on, and what chooses the best checkpoint; no scene is in both.
 
     Raises UsageError where there are fewer than 2 photos to learn from.
     """
-    small = small_copies(data)
-    extents = data.extent.tolist()
-    well = [bool(x) for x in data.well_exposed]
-    scenes = find_scenes(data.names, small) if settings.scenes else []
-    usable = [_teaches(data, i, extents[i]) for i in range(len(extents))]
+    small, extents, well = about.small, about.extents, about.well_exposed
+    scenes = find_scenes(about.names, small) if settings.scenes else []
+    usable = [not (good and blank) for good, blank in zip(well, about.blank, strict=True)]
     split = split_photos(usable, scenes, settings)
 
     def pools(photos: set[int]) -> Pools:
@@ -137,13 +168,18 @@ def validation_draws(pools: Pools, settings: TrainSettings) -> list[Draw]:
     return draws
 
 
-def small_copies(data: TrainingData) -> Tensor:
-    """The whole photos without their canvas, f32 N,3,32,32 in [0, 1], on the host."""
-    copies = [
-        F.adaptive_avg_pool2d(data.photo[i, :, :height, :width].float() / 255, SMALL_SIDE)
-        for i, (height, width) in enumerate(data.extent.tolist())
-    ]
-    return torch.stack(copies).cpu()
+def small_copy(photo_3SS: Tensor, extent: Sequence[int]) -> Tensor:
+    """The whole photo without its canvas.  uint8 -> f32 3,32,32 in [0, 1]."""
+    height, width = extent
+    return F.adaptive_avg_pool2d(photo_3SS[:, :height, :width].float() / 255, SMALL_SIDE)
+
+
+def is_blank(photo_3SS: Tensor, extent: Sequence[int]) -> bool:
+    """Whether a photo (uint8) is little more than white paper or a black frame."""
+    photo = photo_3SS[:, : extent[0], : extent[1]].float() / 255
+    white = float((photo.amin(0) >= BLOWN).float().mean())
+    black = float((photo.amax(0) <= BLACK).float().mean())
+    return white >= BLANK[0] or black >= BLANK[1]
 
 
 def _sample(
@@ -158,16 +194,6 @@ def _sample(
     flip = _integer(2, generator) == 1
     camera = draw_camera(generator, settings.uneven) if stream == "good" else None
     return Sample(stream, *pair, (top, left), flip, camera)
-
-
-def _teaches(data: TrainingData, i: int, extent: Sequence[int]) -> bool:
-    """Whether a photo is bad, or good and more than white paper or a black frame."""
-    if not data.well_exposed[i]:
-        return True
-    photo = data.photo[i, :, : extent[0], : extent[1]].float() / 255
-    white = float((photo.amin(0) >= BLOWN).float().mean())
-    black = float((photo.amax(0) <= BLACK).float().mean())
-    return white < BLANK[0] and black < BLANK[1]
 
 
 def _integer(num_choices: int, generator: Generator) -> int:

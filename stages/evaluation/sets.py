@@ -75,8 +75,9 @@ def clipped(photo_HW3: np.ndarray, seed: int) -> np.ndarray:
     height, width = photo_HW3.shape[:2]
     padded = np.pad(photo_HW3, ((0, -height % 8), (0, -width % 8), (0, 0)), mode="edge")
     nowhere = torch.zeros(1, *padded.shape[:2], dtype=torch.uint8)
-    noise = torch.Generator().manual_seed(seed)
-    kept = to_bytes(mis_exposed(to_float(padded), nowhere, [CLIPPING], noise)).numpy()
+    photo = to_float(padded)
+    grain = torch.randn(photo.shape, generator=torch.Generator().manual_seed(seed))
+    kept = to_bytes(mis_exposed(photo, nowhere, [CLIPPING], grain)).numpy()
     return kept[:height, :width]
 
 
