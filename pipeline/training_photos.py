@@ -58,17 +58,19 @@ def load_photos(
             )
         return replace(load_data(store, size, place, on_progress), ranks=ranks)
     room = int(most["cpu"] // one)
-    if room < 4 * rows:
+    least = Streamed.least(rows)
+    if room < least:
         raise UsageError(
-            f"the photos of two steps take {4 * rows * one / 1e9:.2f} GB, {most['cpu'] / 1e9:.2f} "
-            "may be used: raise run.memory_gb, or lower train.size or the photos of a batch"
+            f"the photos of three steps take {least * one / 1e9:.2f} GB, "
+            f"{most['cpu'] / 1e9:.2f} may be used: raise run.memory_gb, or lower train.size or "
+            "the photos of a batch"
         )
     log.info(
-        "photos take %.1f GiB, %.1f may be used (run.memory_gb): they are read ahead of the steps, "
-        "and %d of %d stay in memory",
+        "photos take %.1f GiB, %.1f may be used (run.memory_gb), for %d of %d: "
+        "they are read ahead of the steps",
         needed / 2**30,
         most["cpu"] / 2**30,
-        min(room, len(slots)),
+        room,
         len(slots),
     )
     return stream_data(store, size, room, ranks, on_progress)

@@ -1,5 +1,7 @@
 """From a store to training tensors: nothing stale, and the same inputs as when correcting."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -127,3 +129,41 @@ def test_the_paper_preset_makes_one_gamma_per_photo(store, tmp_path):
         wanted = value ** np.exp(-float(rows["t_map"][0, 0, 0])) * 255
         made = rows["pseudo_gt"][0, :height, :width]
         assert np.abs(made - wanted).max() < 1
+
+
+@pytest.fixture(scope="module")
+def larger(tmp_path_factory):
+    """A store of twelve photos."""
+    folder = tmp_path_factory.mktemp("larger")
+    write_photos(folder / "photos", 12, size=64, gammas=(0.7, 1.4))
+    models = Models(ToySegmenter(), ToyClip())
+    precompute(folder / "photos", folder / "S", settings=SETTINGS, models=models)
+    return folder / "S"
+
+
+STEPS = {
+    "network.size": "tiny", "train.size": 32, "train.crop": 32, "train.steps": 20,
+    "train.good": 0, "train.scenes": 0, "train.bad": 1,
+    "train.log_every": 1, "train.validate_every": 10,
+}  # fmt: skip
+EIGHT_PHOTOS = 8.5 * 11.25 * 32 * 32 / 1e9  # GB, at the working size of 32
+
+
+def test_photos_that_memory_does_not_hold_give_the_same_training(larger, tmp_path, caplog):
+    models = Models(ToySegmenter(), ToyClip())
+    ends = []
+    for name, memory_gb in (("whole", 0.0), ("ahead", EIGHT_PHOTOS)):
+        with caplog.at_level("INFO"):
+            told = {**STEPS, "run.memory_gb": memory_gb}
+            result = train(larger, tmp_path / name, settings=told, models=models)
+        assert (
+            ("for 8 of 12: they are read ahead" in caplog.text)
+            == (result.waited_per_step > 0)
+            == (name == "ahead")
+        )
+        lines = [json.loads(x) for x in (tmp_path / name / "log.jsonl").read_text().splitlines()]
+        times = [(line.pop("seconds", 0), line.pop("waited", 0)) for line in lines]
+        assert all(seconds >= waited for seconds, waited in times)
+        assert (sum(waited for _, waited in times) > 0) == (name == "ahead")
+        ends.append((lines, (tmp_path / name / "corrector.safetensors").read_bytes()))
+    assert ends[0] == ends[1]

@@ -112,7 +112,7 @@ class TrainingData(Mapping[int, Photo]):
 class Streamed:
     """Photos that are read when they are needed, in host memory.
 
-    read: one photo by its index, in any thread.  room: photos that fit in memory.
+    read: one photo by its index, in any thread.  room: how many fit in memory, at least `least`.
     """
 
     about: About
@@ -121,28 +121,32 @@ class Streamed:
     ranks: Ranks = ALONE
     _kept: dict[int, Future[Photo]] = field(default_factory=dict)
 
+    @staticmethod
+    def least(rows: int) -> int:
+        """Photos that must fit: a step and two ahead of it, each row with photo and target."""
+        return 3 * 2 * rows
+
     def ready(self, draws: Iterable[Draw], ranks: Ranks) -> Generator[Ready, None, None]:
         ahead: deque[tuple[Draw, dict[int, Future[Photo]]]] = deque()
-        most = min(MOST_AHEAD, self.room // 2)
+        most = min(MOST_AHEAD, self.room * 2 // 3)
         with reading() as readers:
             for chosen in draws:
-                ahead.append((chosen, self._asked(chosen, ranks, readers, most)))
-                while sum(len(photos) for _, photos in ahead) > most:
+                samples = [chosen.samples[row] for row in ranks.rows(len(chosen.samples))]
+                wanted = {i for sample in samples for i in (sample.photo, sample.target)}
+                while ahead and sum(len(coming) for _, coming in ahead) + len(wanted) > most:
                     yield _arrived(*ahead.popleft())
+                # beside those ahead there is the step that was given last, a row with two at most
+                keep = self.room - most - 2 * len(samples)
+                ahead.append((chosen, {i: self._asked(i, readers, keep) for i in wanted}))
             while ahead:
                 yield _arrived(*ahead.popleft())
 
-    def _asked(
-        self, chosen: Draw, ranks: Ranks, readers: ThreadPoolExecutor, most: int
-    ) -> dict[int, Future[Photo]]:
-        """The photos of a step, those that are not here on their way."""
-        samples = [chosen.samples[row] for row in ranks.rows(len(chosen.samples))]
-        photos = {}
-        for i in {i for sample in samples for i in (sample.photo, sample.target)}:
-            photos[i] = self._kept.get(i) or readers.submit(self.read, i)
-            if len(self._kept) + most < self.room:
-                self._kept[i] = photos[i]
-        return photos
+    def _asked(self, i: int, readers: ThreadPoolExecutor, keep: int) -> Future[Photo]:
+        """A photo, on its way where it is not here.  keep: so many stay."""
+        photo = self._kept.get(i) or readers.submit(self.read, i)
+        if len(self._kept) < keep:
+            self._kept[i] = photo
+        return photo
 
 
 def _arrived(chosen: Draw, coming: Mapping[int, Future[Photo]]) -> Ready:
