@@ -28,6 +28,8 @@ def _import_ultralytics() -> Any:
         YOLO_CONFIG_DIR=str(config),
         YOLO_VERBOSE="false",
     )
+    # Told that it is one of several processes, it would wait for the others on its own account.
+    processes = os.environ.pop("WORLD_SIZE", None)
     # The import sets OMP_NUM_THREADS for our children and turns OpenCV's threads off: undo both.
     omp_threads = os.environ.get("OMP_NUM_THREADS")
     torch_threads = torch.get_num_threads()
@@ -41,6 +43,8 @@ def _import_ultralytics() -> Any:
     torch.set_num_threads(torch_threads)
     if omp_threads is None:
         os.environ.pop("OMP_NUM_THREADS", None)
+    if processes is not None:
+        os.environ["WORLD_SIZE"] = processes
     return tasks
 
 
