@@ -14,10 +14,11 @@ from pathlib import Path
 import pytest
 import torch
 from test_training import STEPS, halt_at, log_lines, run, toy_data, with_train
+from toy_corrector import run_cli
 from toy_rank import HERE, ended, told, toy_training
 from toys import ToyClip, ToySegmenter, write_photos
 
-from evenlight.cache.errors import EnvironmentLacks, UsageError
+from evenlight.cache.errors import EnvironmentLacks, StoreError, UsageError
 from evenlight.pipeline import config
 from evenlight.pipeline.models import Models, choose_device
 from evenlight.pipeline.precompute import precompute
@@ -199,3 +200,44 @@ def test_more_ranks_than_a_batch_has_photos_are_refused(tmp_path):
         UsageError, match="5 processes for the 4 photos of a batch: start 4 at most"
     ):
         run(tmp_path, data=data)
+
+
+class Apart(Ranks):
+    """Two ranks of which the other sees another folder."""
+
+    def each(self, value: float) -> list[float]:
+        return [value, value + 3]
+
+
+def test_ranks_that_see_different_folders_are_refused(tmp_path):
+    data = replace(toy_data(), ranks=Apart(0, 2))
+    with pytest.raises(StoreError, match=r"not the same to every process .*steps 0, 3\): name a"):
+        run(tmp_path, data=data)
+
+
+def test_what_all_ranks_meet_alike_the_first_says_and_what_one_meets_it_says(
+    tmp_path, monkeypatch, capsys
+):
+    for rank in (0, 1):
+        for name, value in told(rank, count=2).items():
+            monkeypatch.setenv(name, value)
+        assert run_cli(monkeypatch, "settings", "--diff", tmp_path) == 2
+        assert ("it holds no settings" in capsys.readouterr().err) == (rank == 0)
+        assert run_cli(monkeypatch, "cache", "info", "-s", tmp_path / "none", "--json") == 3
+        said = capsys.readouterr()
+        assert said.err.startswith("evenlight: process 1: there is no" if rank else "evenlight: th")
+        assert (json.loads(said.out)["exit"] == 3) if rank == 0 else said.out == ""
+
+
+def test_ultralytics_does_not_take_the_ranks_for_its_own():
+    code = (
+        "import os, evenlight.stages.priors.fastsam, ultralytics.utils as u; "
+        "print(u.LOCAL_RANK, os.environ['WORLD_SIZE'])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env=os.environ | told(rank=1, count=2),
+        capture_output=True,
+        text=True,
+    )
+    assert done.stdout.split() == ["-1", "2"], done.stderr

@@ -120,7 +120,7 @@ def with_train(**changes) -> Settings:
 
 def log_lines(out: Path) -> list[dict]:
     lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if k != "seconds"} for line in lines]
+    return [{k: v for k, v in line.items() if k not in ("seconds", "waited")} for line in lines]
 
 
 @pytest.fixture(scope="module")
