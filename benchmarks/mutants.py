@@ -34,8 +34,8 @@ FILES, SCHEMA, RECORDS = "cache/files.py", "cache/schema.py", "cache/records.py"
 SHARDS, STORE, SETTINGS = "cache/shards.py", "cache/store.py", "stages/settings.py"
 PRECOMPUTE, UNITS, SCHEDULE = "pipeline/precompute.py", "pipeline/units.py", "pipeline/schedule.py"
 PLAN = "pipeline/plan.py"
-CHECKPOINT, RUN, TRAINING = (
-    f"stages/corrector/{name}.py" for name in ("checkpoint", "run", "training")
+CHECKPOINT, RUN, TRAINING, LOSSES = (
+    f"stages/corrector/{name}.py" for name in ("checkpoint", "run", "training", "losses")
 )
 WEIGHTS, FASTSAM = "stages/priors/fastsam_weights.py", "stages/priors/fastsam.py"
 REPORT, DOORS = "pipeline/report.py", "test_doors.py"
@@ -258,12 +258,44 @@ MUTANTS = (
            "    with suppress(ValueError, KeyError, TypeError, RecursionError):",
            "    with suppress():", "test_training.py -k damaged_lines"),
     Mutant("training stops before a NaN is taken in", TRAINING,
-           "        if not (math.isfinite(loss.item()) and math.isfinite(norm.item())):",
-           "        if False:", "test_training.py -k nan_stops"),
+           '            if not (math.isfinite(figures["loss"]) and math.isfinite(figures["gradient"])):',
+           "            if False:", "test_training.py -k nan_stops"),
     Mutant("a refused run keeps its settings.toml", TRAINING,
-           "    run = begin(",
-           '    atomic_write(lock.path.parent / "settings.toml", kept.toml.encode())\n'
-           "    run = begin(", "test_training.py -k leaves_the_settings"),
+           "        run = begin(",
+           '        atomic_write(lock.path.parent / "settings.toml", kept.toml.encode())\n'
+           "        run = begin(", "test_training.py -k leaves_the_settings"),
+    # Several ranks, and photos beyond memory
+    Mutant("a rank's share is of the rows of all ranks", LOSSES,
+           "ranks.total(weight.sum()).clamp_min", "weight.sum().clamp_min",
+           "test_ranks.py -k three_ranks"),
+    Mutant("gradients are those of all ranks", TRAINING,
+           "            ranks.add_up(gradients)\n", "", "test_ranks.py -k three_ranks"),
+    Mutant("a NaN of one rank stops all", TRAINING,
+           'figures = ranks.totals({"loss": loss, **parts})',
+           'figures = ALONE.totals({"loss": loss, **parts})', "test_ranks.py -k nan_of_one_rank"),
+    Mutant("only rank 0 writes checkpoints", TRAINING,
+           "    if leads and (validated", "    if (validated", "test_ranks.py -k three_ranks"),
+    Mutant("ranks see one folder", TRAINING,
+           "    if steps != [run.step] * ranks.count:", "    if False:",
+           "test_ranks.py -k different_folders"),
+    Mutant("a rank that is gone ends the others in a sentence", "stages/corrector/ranks.py",
+           "    except RuntimeError as error:  # Gloo", "    except KeyError as error:  # Gloo",
+           "test_ranks.py -k is_killed"),
+    Mutant("what all ranks refuse is said once", "stages/corrector/ranks.py",
+           "        if not self.leads:\n            self.each(0)\n        yield\n"
+           "        if self.leads:\n            self.each(0)\n", "        yield\n",
+           "test_ranks.py -k torchrun_trains"),
+    Mutant("ultralytics waits for no rank", FASTSAM,
+           'os.environ.pop("WORLD_SIZE", None)', 'os.environ.get("WORLD_SIZE")',
+           "test_ranks.py -k ultralytics"),
+    Mutant("photos in memory are bounded", "stages/corrector/cached.py",
+           "        if len(self._kept) < keep:", "        if True:",
+           "test_cached.py -k room_for"),
+    Mutant("readers stop with the training", "stages/corrector/cached.py",
+           "readers.shutdown(cancel_futures=True)", "readers.shutdown()",
+           "test_cached.py -k not_begun"),
+    Mutant("training is not begun without room for its steps", "pipeline/training_photos.py",
+           "    if room < least:", "    if False:", "test_train_run.py -k room_for_three_steps"),
     # Doors
     Mutant("ultralytics loads without trust", FASTSAM,
            '        ULTRALYTICS_SAFE_LOAD="1",\n', "", DOORS + " -k ultralytics"),

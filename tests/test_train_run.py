@@ -7,7 +7,7 @@ import pytest
 import torch
 from toys import ToyClip, ToySegmenter, write_photos
 
-from evenlight.cache.errors import StoreError
+from evenlight.cache.errors import StoreError, UsageError
 from evenlight.cache.files import Lock
 from evenlight.cache.store import Store
 from evenlight.pipeline import config
@@ -167,3 +167,9 @@ def test_photos_that_memory_does_not_hold_give_the_same_training(larger, tmp_pat
         assert (sum(waited for _, waited in times) > 0) == (name == "ahead")
         ends.append((lines, (tmp_path / name / "corrector.safetensors").read_bytes()))
     assert ends[0] == ends[1]
+
+
+def test_memory_without_room_for_three_steps_is_refused_before_anything_is_read(larger, tmp_path):
+    told = {**STEPS, "run.memory_gb": EIGHT_PHOTOS * 5 / 8}
+    with pytest.raises(UsageError, match=r"three steps take 0\.00 GB, .*raise run\.memory_gb"):
+        train(larger, tmp_path, settings=told, models=Models(ToySegmenter(), ToyClip()))
