@@ -15,7 +15,7 @@ from typing import Any, NoReturn
 from rich.console import Console
 
 from evenlight.cache.errors import EnvironmentLacks
-from evenlight.pipeline.exits import SOME_FAILED
+from evenlight.pipeline.exits import SOME_FAILED, stop_at_once
 from evenlight.stages.corrector.launch import launched
 from evenlight.stages.photos.find import without_controls
 
@@ -185,6 +185,7 @@ def end(sentence: str, code: int, as_json: bool) -> NoReturn:
             stderr.print(f"evenlight: {f'process {rank}: ' if rank else ''}{sentence}")
         emit({"error": sentence, "exit": code}, as_json)
     give_up_stdout()
+    stop_at_once()  # Stopped would come to nothing but a traceback from here on
     raise SystemExit(code) from None
 
 

@@ -37,7 +37,12 @@ def stop_on_signals() -> None:
         signal.signal(stop, _stop)
 
 
-def _stop(number: int, _: FrameType | None) -> None:
+def stop_at_once() -> None:
+    """Make the next SIGINT or SIGTERM end the process, whatever it is at."""
     for stop in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(stop, signal.SIG_DFL)  # a second one ends the process at once
+        signal.signal(stop, signal.SIG_DFL)
+
+
+def _stop(number: int, _: FrameType | None) -> None:
+    stop_at_once()  # the second one
     raise Stopped(128 + number)
