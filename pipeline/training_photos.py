@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from evenlight.cache.errors import UsageError
+from evenlight.cache.errors import EnvironmentLacks, UsageError
 from evenlight.cache.store import Store
 from evenlight.pipeline.console import Progress, silent
 from evenlight.pipeline.parts import ARRAY, TRAINING, Arrays, cut
@@ -40,7 +40,7 @@ def load_photos(
 
     All lie on the device where they fit, else in host memory, and each batch is copied: a warning
     says so.  Where they fit neither (`run.memory_gb`), those of coming steps are read ahead.
-    Raises UsageError where there is no photo, or memory for less than two steps.
+    Raises UsageError where there is no photo, EnvironmentLacks without memory for three steps.
     """
     size, rows = settings.train.size, len(ranks.rows(settings.train.batch))
     slots = _slots(store)
@@ -60,7 +60,7 @@ def load_photos(
     room = int(most["cpu"] // one)
     least = Streamed.least(rows)
     if room < least:
-        raise UsageError(
+        raise EnvironmentLacks(
             f"the photos of three steps take {least * one / 1e9:.2f} GB, "
             f"{most['cpu'] / 1e9:.2f} may be used: raise run.memory_gb, or lower train.size or "
             "the photos of a batch"

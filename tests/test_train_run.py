@@ -7,7 +7,7 @@ import pytest
 import torch
 from toys import ToyClip, ToySegmenter, write_photos
 
-from evenlight.cache.errors import StoreError, UsageError
+from evenlight.cache.errors import EnvironmentLacks, StoreError
 from evenlight.cache.files import Lock
 from evenlight.cache.store import Store
 from evenlight.pipeline import config
@@ -171,5 +171,7 @@ def test_photos_that_memory_does_not_hold_give_the_same_training(larger, tmp_pat
 
 def test_memory_without_room_for_three_steps_is_refused_before_anything_is_read(larger, tmp_path):
     told = {**STEPS, "run.memory_gb": EIGHT_PHOTOS * 5 / 8}
-    with pytest.raises(UsageError, match=r"three steps take 0\.00 GB, .*raise run\.memory_gb"):
+    with pytest.raises(
+        EnvironmentLacks, match=r"three steps take 0\.00 GB, .*raise run\.memory_gb"
+    ):
         train(larger, tmp_path, settings=told, models=Models(ToySegmenter(), ToyClip()))
