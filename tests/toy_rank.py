@@ -70,7 +70,7 @@ def main(out: Path, train: dict) -> None:
     with joined() as ranks:
         data = toy_data()
         if ranks.rank == poisoned:
-            data.confidence[:] = float("nan")
+            data.proto[:] = float("nan")
         out.mkdir(exist_ok=True)
         lock = Lock(out / ".lock", f"run {out}")
         with lock if ranks.leads else nullcontext():
