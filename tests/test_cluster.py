@@ -76,7 +76,8 @@ def test_relative_paths_serve_workers_that_were_started_elsewhere(cluster, tmp_p
 
 
 @pytest.mark.slow
-def test_a_scheduler_that_is_killed_ends_the_run_in_one_sentence(cluster, tmp_path, capfd):
+def test_a_scheduler_that_is_killed_ends_the_run_in_one_sentence(cluster, capfd, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("evenlight"), "handlers", [])  # of a command before
     child, address = cluster
     finished = schedule.run(time.sleep, time.sleep, [0.2] * 100, workers=1, scheduler=address)
     next(finished)

@@ -157,7 +157,7 @@ def test_torchrun_trains_and_only_the_first_rank_speaks(store, tmp_path):
     assert two.stderr.count(": 12 steps, ") == two.stderr.count("read ahead of the steps") == 1
     assert_same_training(tmp_path / "one", tmp_path / "two")
 
-    refused = train(*torchrun, name="two", more=("train.bad=2",))
+    refused = train(*torchrun, name="two", more=("train.bad=2", "run.memory_gb=0"))
     assert refused.returncode != 0
     assert refused.stderr.count("was begun otherwise (train.bad 1 -> 2)") == 1
     assert json.loads(refused.stdout)["exit"] == 3
