@@ -19,6 +19,7 @@ import cv2
 import numpy as np
 
 from evenlight.cache import records, shards
+from evenlight.cache.place import place_of
 from evenlight.cache.schema import PhotoRecord, UnitRecord
 from evenlight.cache.store import Store
 from evenlight.pipeline import config
@@ -132,8 +133,8 @@ def repeat(record: UnitRecord, source: Store, target: Store, unit: int) -> None:
     """The unit of the record once more, under the names that the target has there."""
     for name, stored in record.arrays().items():
         rank = len(stored.shape)
-        shard = shards.shard_path(source.path / name, record.unit, rank)
-        os.link(shard, shards.shard_path(target.path / name, unit, rank))
+        shard = Path(source.path, shards.shard_name(name, record.unit, rank))
+        os.link(shard, Path(target.path, shards.shard_name(name, unit, rank)))
     renamed = zip(record.photos, target.index.unit_names(unit), strict=True)
     photos = tuple(PhotoRecord(name=name, sha256=photo.sha256) for photo, name in renamed)
-    records.write_record(target.path, UnitRecord(unit, photos, record.parts))
+    records.write_record(place_of(target.path), UnitRecord(unit, photos, record.parts))

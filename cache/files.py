@@ -1,6 +1,7 @@
 """Files that are whole or absent: atomic writes, sealed JSON, digests, and the lock of a store.
 
-Every byte of a store goes to disk through `atomic_write`. What systems do differently: system.py.
+Every byte of a local store goes to disk through `atomic_write`. What systems do differently:
+system.py; what a bucket does: bucket.py.
 """
 
 import atexit
@@ -16,7 +17,7 @@ import shutil
 import socket
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
@@ -161,11 +162,8 @@ def canonical_json(document: Any) -> bytes:
 
 
 def write_json(path: Path, document: dict[str, Any]) -> None:
-    """Write a JSON object atomically, sealed: its key "sha256" is the digest of all the rest."""
-    assert _SEAL not in document, "the seal is added here"
-    as_read = json.loads(canonical_json(document))  # keys that are numbers sort as text then
-    sealed = as_read | {_SEAL: sha256_bytes(canonical_json(as_read))}
-    atomic_write(path, json.dumps(sealed, indent=1).encode("ascii") + b"\n")
+    """Write a JSON object atomically, sealed."""
+    atomic_write(path, sealed_json(document))
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -174,34 +172,56 @@ def read_json(path: Path) -> dict[str, Any]:
     Raises StoreError, whose text says what is wrong with the file, where it is missing, is not
     readable, or differs in any bit that matters from what was written.
     """
-    document = parse_json_object(path)
+    with reading(path):
+        data = path.read_bytes()
+    return unsealed_json(data, path)
+
+
+def sealed_json(document: dict[str, Any]) -> bytes:
+    """A JSON object as a file: its key "sha256" is the digest of all the rest."""
+    assert _SEAL not in document, "the seal is added here"
+    as_read = json.loads(canonical_json(document))  # keys that are numbers sort as text then
+    sealed = as_read | {_SEAL: sha256_bytes(canonical_json(as_read))}
+    return json.dumps(sealed, indent=1).encode("ascii") + b"\n"
+
+
+def unsealed_json(data: bytes, where: str | Path) -> dict[str, Any]:
+    """What `sealed_json` was given.  Raises StoreError where any bit that matters differs."""
+    document = json_object(data, where)
     seal = document.pop(_SEAL, None)
     try:
         intact = seal == sha256_bytes(canonical_json(document))
     except ValueError:  # a number too large, which reads as infinity
         intact = False
     if not intact:
-        raise StoreError(f"{path} is damaged: its content does not match its own digest")
+        raise StoreError(f"{where} is damaged: its content does not match its own digest")
     return document
 
 
-def parse_json_object(path: Path) -> dict[str, Any]:
-    """Read a file that must hold one JSON object. Raises StoreError."""
+def json_object(data: bytes, where: str | Path) -> dict[str, Any]:
+    """The JSON object that the bytes read there must be.  Raises StoreError."""
     try:
-        document = json.loads(path.read_bytes(), parse_constant=_no_json)
-    except FileNotFoundError:
-        raise StoreError(f"{path} is missing") from None
-    except OSError as error:
-        raise StoreError(f"{path} cannot be read: {error.strerror}") from error
+        document = json.loads(data, parse_constant=_no_json)
     except (ValueError, RecursionError) as error:
-        raise StoreError(f"{path} is damaged: not JSON ({error})") from error
+        raise StoreError(f"{where} is damaged: not JSON ({error})") from error
     if not isinstance(document, dict):
-        raise StoreError(f"{path} is damaged: expected a JSON object")
+        raise StoreError(f"{where} is damaged: expected a JSON object")
     return document
 
 
 def _no_json(name: str) -> None:
     raise ValueError(f"{name} is no JSON")
+
+
+@contextlib.contextmanager
+def reading(what: str | Path) -> Iterator[None]:
+    """Turn an OSError into a StoreError that says what is missing or cannot be read."""
+    try:
+        yield
+    except FileNotFoundError as error:
+        raise StoreError(f"{what} is missing") from error
+    except OSError as error:
+        raise StoreError(f"{what} cannot be read: {error.strerror}") from error
 
 
 def checked(kind: type[Checked], document: Any, where: str | Path) -> Checked:
@@ -247,12 +267,7 @@ class Lock:
         descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o666)
         try:
             system.lock(descriptor)
-            holder = {
-                "pid": os.getpid(),
-                "host": socket.gethostname(),
-                "started": datetime.now(UTC).isoformat(timespec="microseconds"),
-            }
-            self.token = json.dumps(holder)
+            self.token = new_token()
             os.ftruncate(descriptor, 0)
             os.lseek(descriptor, 0, os.SEEK_SET)
             os.write(descriptor, self.token.encode())
@@ -285,19 +300,34 @@ class Lock:
 
     def confirm(self) -> None:
         """Raise StoreError unless the file at path is still the one that was locked here."""
-        confirm_token(self.path, self.token, self.subject)
+        confirm_token(read_token(self.path), self.token, self.subject)
 
     def _holder(self) -> str:
         # The winner writes its name just after it has locked: give it a moment.
         for _ in range(50):
             with contextlib.suppress(ValueError, KeyError, TypeError):
-                holder = json.loads(read_token(self.path))
-                return (
-                    f"process {holder['pid']} on host {holder['host']} "
-                    f"(since {holder['started']}): wait until it ends, or stop it"
-                )
+                return holder_of(read_token(self.path))
             time.sleep(0.02)
         return "another process that has not said its name: try again"
+
+
+def new_token() -> str:
+    """What this process writes into a lock that it takes: one line that no other run writes."""
+    holder = {
+        "pid": os.getpid(),
+        "host": socket.gethostname(),
+        "started": datetime.now(UTC).isoformat(timespec="microseconds"),
+    }
+    return json.dumps(holder)
+
+
+def holder_of(token: str) -> str:
+    """Who wrote a token, for people.  Raises ValueError, KeyError or TypeError where it is none."""
+    holder = json.loads(token)
+    return (
+        f"process {holder['pid']} on host {holder['host']} "
+        f"(since {holder['started']}): wait until it ends, or stop it"
+    )
 
 
 def read_token(path: Path) -> str:
@@ -308,9 +338,9 @@ def read_token(path: Path) -> str:
         return ""
 
 
-def confirm_token(path: Path, token: str, subject: str) -> None:
-    """Raise StoreError unless the lock at path is held by the run of this token."""
-    if read_token(path) != token:
+def confirm_token(found: str, token: str, subject: str) -> None:
+    """Raise StoreError unless the token found in a lock is that of the run that holds it."""
+    if found != token:
         raise StoreError(f"{subject} was removed or taken over by another run: this one stops")
 
 

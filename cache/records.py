@@ -6,21 +6,22 @@ Checks against them, counts and digests are here too. Every file is sealed JSON.
 import base64
 import logging
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from functools import cache
 from importlib import metadata
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from evenlight.cache import files, schema, shards
 from evenlight.cache.errors import StoreError
+from evenlight.cache.place import Place, given
 from evenlight.cache.schema import (
     EMPTY,
     FAILED,
     OK,
+    OURS,
     PARTS,
     SCHEMA,
     Damage,
@@ -32,6 +33,10 @@ from evenlight.cache.schema import (
 
 _SOFTWARE = ("evenlight", "numpy", "open_clip_torch", "torch", "ultralytics", "zarr")
 
+INDEX = f"{OURS}/index.json"
+UNITS = f"{OURS}/units"  # the folder of records
+_MARKS = {"units", "lock"}  # in our folder: what the making of a store begins with
+_GROUPS = ("", OURS)
 _NO_NOTES = ("index", "zarr")
 _ARRAY = "array of"  # key by which a note's value is an array: its dtype
 
@@ -41,82 +46,91 @@ Note = Mapping[str, Any]
 _log = logging.getLogger(__name__)
 
 
-def lock_path(store: Path) -> Path:
-    return store / shards.OURS / "lock"
+def is_store(place: Place) -> bool:
+    """It holds a store, whole or not.  Raises OSError."""
+    return not _MARKS.isdisjoint(place.names(OURS))
 
 
-def index_path(store: Path) -> Path:
-    return store / shards.OURS / "index.json"
+def may_become_store(place: Place) -> bool:
+    """It is a store, or is empty but for what a kill at its making left.  Raises OSError."""
+    return is_store(place) or (set(place.names()) <= {OURS} and not place.names(OURS))
 
 
-def units_folder(store: Path) -> Path:
-    return store / shards.OURS / "units"
+def record_name(unit: int) -> str:
+    return f"{UNITS}/{unit:06d}.json"
 
 
-def record_path(store: Path, unit: int) -> Path:
-    return units_folder(store) / f"{unit:06d}.json"
+def read_record(place: Place, unit: int, unit_size: int) -> UnitRecord:
+    name = record_name(unit)
+    with files.reading(place.at(name)):
+        data = place.read(name)
+    return _as_record(data, place.at(name), unit, unit_size)
 
 
-def read_record(store: Path, unit: int, unit_size: int) -> UnitRecord:
-    path = record_path(store, unit)
-    record = UnitRecord.from_json(files.read_json(path), path)
+def read_records(place: Place, units: int, unit_size: int) -> Iterator[UnitRecord]:
+    """The whole records there are of so many units, in order of units."""
+    there = set(_json_names(place, UNITS))
+    found = [unit for unit in range(units) if record_name(unit) in there]
+    for unit, data in zip(found, place.read_many(list(map(record_name, found))), strict=True):
+        if isinstance(data, bytes):
+            with suppress(StoreError):
+                yield _as_record(data, place.at(record_name(unit)), unit, unit_size)
+
+
+def _as_record(data: bytes, where: str, unit: int, unit_size: int) -> UnitRecord:
+    record = UnitRecord.from_json(files.unsealed_json(data, where), where)
     if record.unit != unit or len(record.photos) != unit_size:
         raise StoreError(
-            f"{path} is the record of unit {record.unit} with "
+            f"{where} is the record of unit {record.unit} with "
             f"{len(record.photos)} photos, expected unit {unit} with {unit_size}"
         )
     return record
 
 
-def write_record(store: Path, record: UnitRecord) -> None:
-    files.write_json(record_path(store, record.unit), record.to_json())
+def write_record(place: Place, record: UnitRecord) -> None:
+    place.write(record_name(record.unit), files.sealed_json(record.to_json()))
 
 
-def may_become_store(folder: Path) -> bool:
-    """It is a store, or is empty but for what a kill at its making left."""
-    if not folder.is_dir():
-        return False
-    ours = folder / shards.OURS
-    return units_folder(folder).is_dir() or (
-        all(path == ours for path in folder.iterdir())
-        and not (ours.exists() and any(ours.iterdir()))
-    )
-
-
-def write_groups(store: Path) -> None:
-    for folder in (store, store / shards.OURS):
+def write_groups(place: Place) -> None:
+    for folder in _GROUPS:
         try:
-            document = shards.read_document(folder)
+            document = shards.read_document(place, folder)
         except StoreError:  # not written yet, or damaged: its content is known
-            shards.write_document(folder, shards.group_document())
+            shards.write_document(place, folder, shards.group_document())
         else:
-            schema.check_schema(shards.about(document).get("schema"), str(store))
+            schema.check_schema(shards.about(document).get("schema"), place.where)
 
 
-def group_damages(store: Path) -> list[str]:
+def group_damages(place: Place) -> list[str]:
     reasons = []
-    for folder in (store, store / shards.OURS):
+    for folder in _GROUPS:
         try:
-            document = shards.read_document(folder)
-            schema.check_schema(shards.about(document).get("schema"), str(store))
+            document = shards.read_document(place, folder)
+            schema.check_schema(shards.about(document).get("schema"), place.where)
         except StoreError as error:
             reasons.append(str(error))
     return reasons
 
 
-def read_index(store: Path) -> Index:
-    path = index_path(store)
-    return Index.from_json(files.read_json(path), path)
+def read_index(place: Place) -> Index:
+    return Index.from_json(_read_json(place, INDEX), place.at(INDEX))
 
 
-def read_or_recover_index(store: Path, unit_size: int) -> Index:
+def write_index(place: Place, index: Index) -> None:
+    place.write(INDEX, files.sealed_json(index.to_json()))
+
+
+def read_or_recover_index(place: Place, unit_size: int) -> Index:
     try:
-        return read_index(store)
+        return read_index(place)
     except StoreError as error:
         records = []
-        for file in sorted(units_folder(store).glob("*.json")):
-            with suppress(StoreError):
-                records.append(UnitRecord.from_json(files.read_json(file), file))
+        names = _json_names(place, UNITS)
+        for name, data in zip(names, place.read_many(names), strict=True):
+            if isinstance(data, bytes):
+                with suppress(StoreError):
+                    document = files.unsealed_json(data, place.at(name))
+                    records.append(UnitRecord.from_json(document, place.at(name)))
         if records:
             _log.warning("%s; rebuilt from the records of %d units", error, len(records))
         return recovered_index(records, unit_size)
@@ -131,63 +145,83 @@ def software() -> dict[str, str]:
     return versions
 
 
-def check_bytes(store: Path, unit: int, name: str, stored: StoredArray) -> None:
-    """Raise StoreError unless the shard on disk is byte for byte what the record says."""
-    path = shards.shard_path(store / name, unit, len(stored.shape))
-    what = f"array {name!r} of unit {unit} ({path})"
-    try:
-        size = path.stat().st_size
-        digest = files.sha256_file(path) if size == stored.bytes else ""
-    except FileNotFoundError:
-        raise StoreError(f"{what} is missing") from None
-    except OSError as error:
-        raise StoreError(f"{what} cannot be read: {error.strerror}") from error
-    if size != stored.bytes:
-        raise StoreError(f"{what} is damaged: {size} bytes, expected {stored.bytes}")
+def read_shards(
+    place: Place, unit: int, arrays: Mapping[str, StoredArray]
+) -> Iterator[tuple[str, bytes | StoreError]]:
+    """Array and shard of a unit, byte for byte what its record says; or how it differs."""
+    names = [shards.shard_name(name, unit, len(x.shape)) for name, x in arrays.items()]
+    for (array, stored), name, data in zip(
+        arrays.items(), names, place.read_many(names), strict=True
+    ):
+        shard: bytes | StoreError
+        try:
+            shard = _checked(data, stored, f"array {array!r} of unit {unit} ({place.at(name)})")
+        except StoreError as error:
+            shard = error
+        yield array, shard
+
+
+def _checked(data: bytes | OSError, stored: StoredArray, what: str) -> bytes:
+    data = given(data, what)
+    if len(data) != stored.bytes:
+        raise StoreError(f"{what} is damaged: {len(data)} bytes, expected {stored.bytes}")
+    digest = files.sha256_bytes(data)
     if digest != stored.sha256:
         raise StoreError(f"{what} is damaged: sha256 {digest}, expected {stored.sha256}")
+    return data
+
+
+def _read_json(place: Place, name: str) -> dict[str, Any]:
+    with files.reading(place.at(name)):
+        data = place.read(name)
+    return files.unsealed_json(data, place.at(name))
+
+
+def _json_names(place: Place, folder: str) -> list[str]:
+    with files.reading(place.at(folder)):
+        return [f"{folder}/{name}" for name in place.names(folder) if name.endswith(".json")]
 
 
 # Notes
 
 
-def note_path(store: Path, name: str) -> Path:
+def note_name(name: str) -> str:
     """Where the note of this name lies; index and zarr.json are none."""
     assert name.isidentifier() and name not in _NO_NOTES, name
-    return store / shards.OURS / f"{name}.json"
+    return f"{OURS}/{name}.json"
 
 
-def note_names(store: Path) -> list[str]:
+def note_names(place: Place) -> list[str]:
     """Notes that are there, damaged ones too."""
-    found = (path.stem for path in (store / shards.OURS).glob("*.json"))
-    return sorted(name for name in found if name.isidentifier() and name not in _NO_NOTES)
+    found = (name.rpartition("/")[2][: -len(".json")] for name in _json_names(place, OURS))
+    return [name for name in found if name.isidentifier() and name not in _NO_NOTES]
 
 
-def write_note(store: Path, name: str, note: Note) -> None:
+def write_note(place: Place, name: str, note: Note) -> None:
     """One sealed file, replaced whole.  Arrays among its values are kept bit for bit."""
     plain = {
         key: _packed(value) if isinstance(value, np.ndarray) else value
         for key, value in note.items()
     }
-    files.write_json(note_path(store, name), plain)
+    place.write(note_name(name), files.sealed_json(plain))
 
 
-def read_note(store: Path, name: str) -> dict[str, Any]:
+def read_note(place: Place, name: str) -> dict[str, Any]:
     """What `write_note` wrote.  Raises StoreError where it is missing or damaged."""
-    document = files.read_json(note_path(store, name))
+    document = _read_json(place, note_name(name))
     try:
         return {key: _unpacked(value) for key, value in document.items()}
     except (KeyError, TypeError, ValueError, OverflowError) as error:
-        raise StoreError(f"{note_path(store, name)} is damaged: {error!r}") from error
+        raise StoreError(f"{place.at(note_name(name))} is damaged: {error!r}") from error
 
 
-def note_damages(store: Path, records: Iterable[UnitRecord]) -> list[Damage]:
+def note_damages(place: Place, records: Iterable[UnitRecord]) -> list[Damage]:
     """Notes that do not read, and those that are gone though parts were made by them."""
     damages = []
-    there = note_names(store)
+    there = note_names(place)
     for name in there:
         try:
-            read_note(store, name)
+            read_note(place, name)
         except StoreError as error:
             damages.append(Damage(None, "", "", str(error), note=name))
     made_by: dict[str, list[int]] = {}
@@ -196,7 +230,8 @@ def note_damages(store: Path, records: Iterable[UnitRecord]) -> list[Damage]:
             made_by.setdefault(name, []).append(record.unit)
     for name, units in sorted(made_by.items()):
         if name not in there:
-            reason = f"{note_path(store, name)} is missing, by which {len(units)} units were made"
+            where = place.at(note_name(name))
+            reason = f"{where} is missing, by which {len(units)} units were made"
             damages.append(Damage(None, "", "", reason, note=name))
     return damages
 

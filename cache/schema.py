@@ -4,7 +4,6 @@ import dataclasses
 import math
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
@@ -13,6 +12,7 @@ from evenlight.cache.errors import StoreError
 from evenlight.cache.files import canonical_json, checked, sha256_bytes
 
 SCHEMA = 3  # raised when an older store could be misread, or what a part computes has changed
+OURS = "evenlight"  # the key of ours in attributes, and the folder of index, records and lock
 PARTS = ("photo", "regions", "embeddings", "pseudo_gt")  # each is made from those before it
 MOST_PHOTOS = 10**8  # of a store; more is a damaged number
 OK, FAILED, EMPTY = "ok", "failed", "empty"
@@ -41,7 +41,7 @@ class ArraySpec:
 
     def __post_init__(self) -> None:
         assert self.part in PARTS, self.part
-        assert self.name.isidentifier() and self.name != "evenlight", self.name
+        assert self.name.isidentifier() and self.name != OURS, self.name
         assert all(side > 0 for side in self.shape), self.shape
         assert np.dtype(self.dtype).name == self.dtype, self.dtype
 
@@ -99,9 +99,9 @@ class Index:
         return {"schema": SCHEMA} | dataclasses.asdict(self)
 
     @classmethod
-    def from_json(cls, document: Mapping[str, Any], where: Path) -> Self:
+    def from_json(cls, document: Mapping[str, Any], where: str) -> Self:
         """Raises StoreError where the document, read from there, is of another schema or shape."""
-        check_schema(document.get("schema"), str(where))
+        check_schema(document.get("schema"), where)
         if "source" in document:  # of an evenlight that knew the last one alone
             document = {**document, "sources": [document["source"]]}
         return checked(cls, document, where)
@@ -189,9 +189,9 @@ class UnitRecord:
         return {"schema": SCHEMA} | dataclasses.asdict(self)
 
     @classmethod
-    def from_json(cls, document: Mapping[str, Any], where: Path) -> Self:
+    def from_json(cls, document: Mapping[str, Any], where: str) -> Self:
         """Raises StoreError where the document, read from there, is of another schema or shape."""
-        check_schema(document.get("schema"), str(where))
+        check_schema(document.get("schema"), where)
         return checked(cls, document, where)
 
 

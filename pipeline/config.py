@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, get_type_hints
 
 from evenlight.cache.errors import StoreError, UsageError
+from evenlight.cache.place import is_url
 from evenlight.cache.schema import PARTS
 from evenlight.stages.settings import Settings
 from evenlight.stages.weights import shipped
@@ -87,7 +88,7 @@ def of_store(store: str | Path, given: Given = None, *, making: bool = False) ->
     from evenlight.cache.store import Store  # not for `correct`, which reads no store
 
     base: dict[str, Any] = {}
-    if not making or Path(store).exists():
+    if not making or Store.exists(store):
         try:
             with Store.open(store) as opened:
                 base = known(opened.index.settings)
@@ -113,12 +114,12 @@ def recorded(path: str | Path) -> Settings:
 
     Raises UsageError where there is neither, StoreError where it is damaged.
     """
-    path = Path(path)
-    if (path / "zarr.json").exists():
+    if is_url(path) or (Path(path) / "zarr.json").exists():
         from evenlight.cache.store import Store
 
         with Store.open(path) as opened:
             return resolve(None, known(opened.index.settings))
+    path = Path(path)
     if (path / "settings.toml").exists():
         return resolve(None, known(_read_toml(path / "settings.toml")))
     raise UsageError(f"{path} is no store and no training run: it holds no settings")

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from evenlight.cache.errors import PhotoError, StoreError, UsageError
 from evenlight.cache.files import sha256_bytes
+from evenlight.cache.place import refuse_url
 from evenlight.cache.schema import EMPTY_SLOT, FAILED, Index, PhotoRecord
 from evenlight.cache.store import Store
 from evenlight.pipeline import config, schedule
@@ -81,6 +82,7 @@ def precompute(
     to be made anew whose file is not among these, or take the place of one of another folder.
     """
     started = time.monotonic()
+    refuse_url(photos, "photos")
     photos = Path(photos).absolute()  # workers may have been started elsewhere
     settings = config.absolute_paths(config.of_store(store, settings, making=True))
     found = find_photos(photos, settings.photo.max_megapixels)
@@ -317,13 +319,14 @@ def _plans(store: Store, index: Index, digests: Mapping[str, str], tools: Tools)
     """The plan of every unit of the store under this index."""
     assert tools.models is not None
     makers = made_by(priors_of(tools.models, tools.judge.fingerprint))
+    records = {record.unit: record for record in store.records()}
     plans = []
     for unit in range(index.num_units):
         photos = tuple(
             EMPTY_SLOT if name is None else PhotoRecord(name=name, sha256=digests[name])
             for name in index.unit_names(unit)
         )
-        plans.append(plan_unit(unit, photos, store.record(unit), tools.settings, makers))
+        plans.append(plan_unit(unit, photos, records.get(unit), tools.settings, makers))
     return plans
 
 

@@ -19,6 +19,7 @@ import numpy as np
 from evenlight import __version__
 from evenlight.cache.errors import PhotoError, UsageError
 from evenlight.cache.files import atomic_write, make_folder, read_json
+from evenlight.cache.place import is_url
 from evenlight.cache.store import Store
 from evenlight.pipeline import config
 from evenlight.pipeline.console import Progress, silent
@@ -89,25 +90,27 @@ def report(
 ) -> ReportResult:
     """Write a page that shows a store, a training run or a folder of corrected photos.
 
-    out: the page; None is TARGET.html beside the target.  The pictures of more than INSIDE photos
-    lie in a folder beside it.  photos: files and folders; of a run, to be shown as it corrects
-    them; of a corrected folder, what it was made from, where its files do not say.  side: of the
-    pictures, pixels; larger photos are shrunk.  notes, evaluation: to be shown as well.
+    out: the page; None is TARGET.html beside the target, here for a store in a bucket.  The
+    pictures of more than INSIDE photos lie in a folder beside it.  photos: files and folders; of a
+    run, to be shown as it corrects them; of a corrected folder, what it was made from, where its
+    files do not say.  side: of the pictures, pixels; larger photos are shrunk.  notes, evaluation:
+    to be shown as well.
     Photos that cannot be shown are listed in the result.  Raises UsageError where the target is
     none of the three, StoreError where it is damaged.
     """
-    target = Path(target).resolve()
-    default = target.with_name(f"{target.name.removesuffix('.zarr')}.html")
+    in_bucket = is_url(target)
+    folder = Path(Path(target).name if in_bucket else target).resolve()
+    default = folder.with_name(f"{folder.name.removesuffix('.zarr')}.html")
     out = default if out is None else Path(out).resolve()
-    if out.is_relative_to(target):
-        raise UsageError(f"{out} lies in what it is to show: name a page outside of {target}")
+    if out.is_relative_to(folder) and not in_bucket:
+        raise UsageError(f"{out} lies in what it is to show: name a page outside of {folder}")
     given = [source for path in photos for source in find_photos(Path(path)).photos]
-    subject = _subject(target, given)
+    subject = _of_store(target) if in_bucket else _subject(folder, given)
     make_folder(out.parent)
     beside = out.with_name(f"{out.stem}_files") if len(subject.photos) > INSIDE else None
     rows, failed = _rows(subject, Pictures(beside), side, on_progress)
     data = {
-        "title": target.name,
+        "title": folder.name,
         "notes": list(notes),
         "photos": rows,
         "strengths": STRENGTHS.tolist(),
@@ -152,12 +155,12 @@ def _rows(
     return rows, failed
 
 
-def _of_store(path: Path) -> Subject:
+def _of_store(path: str | Path) -> Subject:
     store = Store.open(path)
     info = store.info()
     counts = [f"{count} {status}" for status, count in info["photos"].items() if count]
     about = {
-        "path": path,
+        "path": store.path,
         "digest": store.digest(),
         "photos": counts,
         "from": store.index.sources,

@@ -143,7 +143,7 @@ def cache_forget(store: str | Path, names: Sequence[str]) -> int:
 
 def _to_change(store: str | Path) -> Store:
     """The store for writing; none is made where there is none."""
-    return Store.create_or_open(store) if Path(store).is_dir() else Store.open(store)
+    return Store.create_or_open(store) if Store.exists(store) else Store.open(store)
 
 
 def _judge(store: Store) -> dict[str, Any]:

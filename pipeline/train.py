@@ -7,6 +7,7 @@ import torch
 
 from evenlight.cache.errors import StoreError
 from evenlight.cache.files import Lock, clean_temporaries, make_folder
+from evenlight.cache.place import refuse_url
 from evenlight.cache.store import Store
 from evenlight.pipeline import config
 from evenlight.pipeline.config import Given
@@ -37,6 +38,7 @@ def train(
     store and, where out holds a run, of what it was told of training.  Raises StoreError where the
     store is incomplete or stale, or out holds a run with other settings or one that is running.
     """
+    refuse_url(out, "training runs")
     out = Path(out)
     with joined() as ranks, ExitStack() as held:
         with ranks.in_turn():

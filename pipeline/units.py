@@ -7,7 +7,6 @@ import socket
 import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -62,7 +61,7 @@ def make_unit(
 class UnitTask:
     """One unit to make, small enough to send to another process."""
 
-    store: Path
+    store: str  # its path or URL
     plan: UnitPlan
     sources: dict[str, PhotoSource]
 
@@ -93,8 +92,9 @@ def make_unit_in_worker(task: UnitTask, settings: Settings) -> UnitTask:
 def _refuse_unseen(task: UnitTask) -> None:
     read = {p.name for p in task.plan.photos if p.sha256 != UNREAD}
     files = [source.path for name, source in task.sources.items() if name in read]
-    if not task.store.is_dir() or (files and not any(os.access(path, os.R_OK) for path in files)):
-        lacking = files[0] if task.store.is_dir() else task.store
+    there = Store.exists(task.store)
+    if not there or (files and not any(os.access(path, os.R_OK) for path in files)):
+        lacking = files[0] if there else task.store
         raise EnvironmentLacks(
             f"the worker on {socket.gethostname()} does not see {lacking}: store and photos must "
             "lie under the same paths for all workers; nothing was recorded of these photos"

@@ -16,6 +16,7 @@ from toys import ToyClip
 
 from evenlight.cache import files, shards
 from evenlight.cache.errors import StoreError
+from evenlight.cache.place import place_of
 from evenlight.cache.store import Store
 from evenlight.pipeline import config
 from evenlight.pipeline.judge import noted, store_judge, write_judge
@@ -122,7 +123,7 @@ def test_any_index_and_any_record_is_refused_or_read_and_precompute_mends_it(
 @pytest.mark.parametrize("name", ["photo", "strength"])
 def test_any_document_of_an_array_is_refused_or_read_and_precompute_mends_it(name, store):
     digest = Store.open(store).digest()
-    document = shards.read_document(store / name)
+    document = shards.read_document(place_of(store), name)
     about = shards.about(document)
     about.pop("sha256")
     rest = {key: value for key, value in document.items() if key != "attributes"}

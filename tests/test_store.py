@@ -203,15 +203,18 @@ def test_the_digest_follows_content_and_not_the_order_of_writing(filled, tmp_pat
 def test_rewriting_a_part_drops_those_made_from_it_and_keeps_those_before(path):
     with Store.create_or_open(path) as store:
         before = store.record(1)
-        store.read(1, ["regions", "strength"])  # checked now, and so trusted until rewritten
+        for array in ("regions", "strength"):
+            store.rows(array, [4, 5])  # whose shard stays in memory until it is rewritten
         record = store.write_parts(1, photos_of(store, 1), data(["regions"], 7, "2"))
         assert list(record.parts) == ["photo", "regions"]
         assert record.parts["photo"] == before.parts["photo"]
         assert record.holds("regions", "regions 2") and not record.holds("regions", "regions 1")
         assert store.record(1) == record and not record.complete
         np.testing.assert_array_equal(store.read(1, ["regions"])["regions"], rows(SPECS[2], 7))
-        with pytest.raises(StoreError, match="'strength' of unit 1 is not made yet"):
-            store.read(1, ["strength"])
+        np.testing.assert_array_equal(store.rows("regions", [5]), rows(SPECS[2], 7)[1:2])
+        for read in (store.read, lambda unit, arrays: store.rows(arrays[0], [4 * unit])):
+            with pytest.raises(StoreError, match="'strength' of unit 1 is not made yet"):
+                read(1, ["strength"])
         assert store.record(0).complete and store.record(2).complete
 
 

@@ -1,6 +1,7 @@
 """From a store to training tensors: nothing stale, and the same inputs as when correcting."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -95,7 +96,7 @@ def test_training_sees_what_correcting_sees(store):
     """Cached features, brought to the working size, equal those made afresh from the file."""
     data = load_data(store, 64, "cpu")
     name = data.names[1]
-    file = next(p for p in (store.path.parent / "photos").iterdir() if p.name == name)
+    file = next(p for p in (Path(store.path).parent / "photos").iterdir() if p.name == name)
     photo = working(decode(file.read_bytes(), name).pixels, SETTINGS.photo.size)
     fresh = ToySegmenter().segment(rule_corrected(photo))
     features = (torch.from_numpy(x)[None].float() for x in (fresh.proto, fresh.p3))
@@ -120,7 +121,7 @@ def test_beyond_its_extent_a_photo_repeats_its_edge(store):
 def test_the_paper_preset_makes_one_gamma_per_photo(store, tmp_path):
     settings = config.build(overrides=[*SMALL, "preset=paper"])
     models = Models(ToySegmenter(), ToyClip())
-    precompute(store.path.parent / "photos", tmp_path / "P", settings=settings, models=models)
+    precompute(Path(store.path).parent / "photos", tmp_path / "P", settings=settings, models=models)
     with Store.open(tmp_path / "P") as paper:
         rows = paper.read(0, ["t_map", "photo", "pseudo_gt", "strength", "extent"])
         height, width = rows["extent"][0]
