@@ -40,7 +40,9 @@ cache_app = typer.Typer(help="Look into a store of priors.", no_args_is_help=Tru
 weights_app = typer.Typer(help="Official weights.", no_args_is_help=True)
 app.add_typer(cache_app, name="cache")
 app.add_typer(weights_app, name="weights")
-StoreOption = Annotated[Path, typer.Option("-s", "--store", help="Folder of the store.")]
+StoreOption = Annotated[
+    str, typer.Option("-s", "--store", help="The store: a folder, or s3://BUCKET/FOLDER.")
+]
 ModelOption = Annotated[
     Path | None, typer.Option("-m", "--model", help="Folder of a training run; default: shipped.")
 ]
@@ -295,10 +297,11 @@ def export(
 @app.command()
 def report(
     target: Annotated[
-        Path, typer.Argument(help="A store, a training run, or a folder of corrected photos.")
+        str, typer.Argument(help="A store, a training run, or a folder of corrected photos.")
     ],
     out: Annotated[
-        Path | None, typer.Option("-o", "--out", help="The page; default: TARGET.html.")
+        Path | None,
+        typer.Option("-o", "--out", help="The page; default: TARGET.html, here for s3://."),
     ] = None,
     photos: Annotated[
         list[Path] | None,
@@ -328,7 +331,7 @@ def report(
 @app.command()
 def settings(
     diff: Annotated[
-        Path | None,
+        str | None,
         typer.Option("--diff", help="A store or training run: only what differs there."),
     ] = None,
     as_json: JsonOption = False,

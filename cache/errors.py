@@ -20,6 +20,13 @@ class StoreError(EvenlightError):
     """A stale, damaged, missing or busy store or checkpoint (exit 3)."""
 
 
+class OutOfReach(EvenlightError):  # noqa: N818 - reads as the sentence it is
+    """A bucket does not answer, or refuses: nothing is known of the store in it (exit 3).
+
+    No StoreError, so that nothing takes what could not be looked at for damaged or missing.
+    """
+
+
 class EnvironmentLacks(EvenlightError):  # noqa: N818 - reads as the sentence it is
     """Weights, a package or a device that the command needs are not there (exit 4)."""
 

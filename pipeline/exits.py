@@ -3,13 +3,20 @@
 import signal
 from types import FrameType
 
-from evenlight.cache.errors import EnvironmentLacks, EvenlightError, StoreError, UsageError
+from evenlight.cache.errors import (
+    EnvironmentLacks,
+    EvenlightError,
+    OutOfReach,
+    StoreError,
+    UsageError,
+)
 from evenlight.stages.corrector.launch import SaidByFirst, launched
 
 SOME_FAILED, USAGE, STORE, ENVIRONMENT = 1, 2, 3, 4
 EXIT_CODES: tuple[tuple[type[EvenlightError], int], ...] = (
     (UsageError, USAGE),
     (StoreError, STORE),
+    (OutOfReach, STORE),
     (EnvironmentLacks, ENVIRONMENT),
     (EvenlightError, SOME_FAILED),
 )

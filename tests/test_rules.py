@@ -20,6 +20,8 @@ SOURCES = [
 IMPORTERS = {
     "zarr": {"cache/shards.py"},
     "pydantic": {"cache/files.py"},
+    "boto3": {"cache/bucket.py"},
+    "botocore": {"cache/bucket.py"},
     "h5py": {"stages/photos/hdf5.py"},
     "ultralytics": {"stages/priors/fastsam.py"},
     "open_clip": {"stages/priors/open_clip_models.py"},
@@ -162,6 +164,17 @@ def test_looking_into_a_store_imports_no_torch():
         "print([m for m in ('torch', 'cv2', 'open_clip', 'ultralytics') if m in sys.modules])"
     )
     assert run_python(code) == "[]"
+
+
+def test_a_local_store_imports_nothing_for_buckets():
+    start = (
+        "import sys, tempfile; from pathlib import Path; from evenlight.cache.store import Store; "
+    )
+    found = "; print([m for m in ('boto3', 'botocore', 's3fs') if m in sys.modules])"
+    local = "Store.create_or_open(Path(tempfile.mkdtemp(), 'S')).close()"
+    assert run_python(start + local + found) == "[]"
+    in_bucket = "from evenlight.cache.place import place_of; place_of('s3://bucket/S')"
+    assert run_python(start + in_bucket + found) == "['boto3', 'botocore']"
 
 
 def test_correcting_imports_no_more_than_it_runs():
