@@ -11,7 +11,7 @@ RUN apt-get update \
 ARG PIP_EXTRA_INDEX_URL
 WORKDIR /src
 COPY . .
-RUN pip install --no-cache-dir --constraint constraints.txt '.[heic,serve]' \
+RUN pip install --no-cache-dir --constraint constraints.txt '.[heic,s3,serve]' \
     && useradd --create-home --uid 1000 evenlight
 
 USER 1000
