@@ -433,8 +433,11 @@ def test_every_command_takes_a_store_in_a_bucket(service, toys, tmp_path, monkey
 
 
 @pytest.mark.slow
-def test_two_workers_and_a_resume_after_a_kill_end_in_the_local_store(service, tmp_path):
+def test_two_workers_and_a_resume_after_a_kill_end_in_the_local_store(
+    service, tmp_path, monkeypatch
+):
     """With the real small models."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # workers have one thread; sums depend on it
     write_photos(tmp_path / "photos", 4, size=128)
     options = ["--set", "photo.size=128", "--set", "run.unit_size=1"]
     command = [sys.executable, "-m", "evenlight.cli", "precompute", str(tmp_path / "photos")]
