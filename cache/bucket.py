@@ -43,6 +43,8 @@ _TELLING = {404: errno.ENOENT, 409: errno.EEXIST, 412: errno.EEXIST}
 class Bucket:
     """The objects of a bucket under a prefix, as a `Place`."""
 
+    folder = None
+
     def __init__(self, url: str, *, lease: float = LEASE) -> None:
         """url: s3://BUCKET/PREFIX.  lease: seconds, of the lock."""
         self.bucket, _, self.prefix = url.removeprefix(BUCKET).strip("/").partition("/")

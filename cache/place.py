@@ -40,6 +40,10 @@ class Place(Protocol):
     where: str
     """An absolute path, or a URL as it was given: for messages, and for other processes."""
 
+    @property
+    def folder(self) -> Path | None:
+        """Where its files can be read in part; None where each is fetched whole."""
+
     def at(self, name: str) -> str:
         """Where a file lies, for messages."""
 

@@ -7,15 +7,17 @@ under every version of it, and each is sealed: one flipped bit in one (the separ
 
 import json
 import math
-from collections.abc import Mapping
+import threading
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import zarr
 from zarr.abc.buffer import Buffer as AnyBuffer
 from zarr.buffer.cpu import Buffer
-from zarr.storage import MemoryStore
+from zarr.storage import LocalStore, MemoryStore
 
 from evenlight.cache import files
 from evenlight.cache.errors import StoreError
@@ -145,22 +147,27 @@ def encode_shard(document: Document, rows: np.ndarray) -> bytes:
 
 
 class ArrayReader:
-    """One array of a store: makes rows of the bytes of its shards, which it does not fetch.
+    """One array of a store: makes rows of the bytes of its shards, which it does not fetch; or
+    reads them in place, where they lie in a folder.  Any thread may use it.
 
     Raises StoreError where its document is bad.
     """
 
-    def __init__(self, where: str, document: Document) -> None:
+    def __init__(self, where: str, document: Document, folder: Path | None) -> None:
         self.where = where
         self.shape = tuple(document["shape"])  # slots first
         self.dtype = document["data_type"]
         self._memory: dict[str, AnyBuffer] = {
             DOCUMENT: Buffer.from_bytes(json.dumps(document).encode())
         }
-        try:
-            self._array = zarr.open_array(MemoryStore(self._memory), mode="r", zarr_format=3)
-        except Exception as error:  # zarr has no common base of errors
-            raise StoreError(f"{where} does not open: {error}") from error
+        self._one_shard = threading.Lock()  # in memory at a time
+        self._array = self._opened(MemoryStore(self._memory))
+        self._in_place = None if folder is None else self._opened(LocalStore(folder))
+
+    @property
+    def is_in_place(self) -> bool:
+        """`pick_in_place` reads its shards."""
+        return self._in_place is not None
 
     def span(self, unit: int, shard: bytes, start: int, stop: int) -> np.ndarray:
         """Rows from start up to stop, of a unit whose shard this is.
@@ -168,16 +175,35 @@ class ArrayReader:
         Raises StoreError where it does not decode.
         """
         key = _key(unit, len(self.shape) - 1)
-        self._memory[key] = Buffer.from_bytes(shard)
-        try:
-            return np.asarray(self._array[start:stop])
-        except Exception as error:  # zarr and its codecs have no common base of errors
-            raise StoreError(f"{self.where} does not decode: {error}") from error
-        finally:
-            del self._memory[key]
+        with self._one_shard:
+            self._memory[key] = Buffer.from_bytes(shard)
+            try:
+                return self._decoded(self._array, start, stop)
+            finally:
+                del self._memory[key]
 
     def pick(self, unit: int, shard: bytes, slots: np.ndarray) -> np.ndarray:
-        """Rows of the slots, in any order, of a unit; neighbours are decoded together.
+        """Rows of the slots, in any order, of a unit whose shard this is."""
+        return self._picked(slots, lambda start, stop: self.span(unit, shard, start, stop))
+
+    def pick_in_place(self, slots: np.ndarray) -> np.ndarray:
+        """The same of any units, whose shards have been checked: no more of them is read."""
+        return self._picked(slots, lambda start, stop: self._decoded(self._in_place, start, stop))
+
+    def _opened(self, store: Any) -> Any:
+        try:
+            return zarr.open_array(store, mode="r", zarr_format=3)
+        except Exception as error:  # zarr has no common base of errors
+            raise StoreError(f"{self.where} does not open: {error}") from error
+
+    def _decoded(self, array: Any, start: int, stop: int) -> np.ndarray:
+        try:
+            return np.asarray(array[start:stop])
+        except Exception as error:  # zarr and its codecs have no common base of errors
+            raise StoreError(f"{self.where} does not decode: {error}") from error
+
+    def _picked(self, slots: np.ndarray, span: Callable[[int, int], np.ndarray]) -> np.ndarray:
+        """Neighbours are decoded together.
 
         Not through zarr's integer indexing: 2.6 s against 0.04 s for 8 photos of 512x512x3.
         """
@@ -186,7 +212,8 @@ class ArrayReader:
         first = 0
         for run in np.split(unique, np.flatnonzero(np.diff(unique) > 1) + 1):
             last = first + len(run)
-            rows[first:last] = self.span(unit, shard, int(run[0]), int(run[-1]) + 1)
+            if len(run):
+                rows[first:last] = span(int(run[0]), int(run[-1]) + 1)
             first = last
         return rows[order]
 

@@ -50,6 +50,7 @@ class Store:
         self._token = token  # "" for a reader
         self._arrays: dict[str, shards.ArrayReader] = {}
         self._kept: dict[str, tuple[int, bytes]] = {}  # array -> unit and shard last asked of it
+        self._checked: set[tuple[str, int]] = set()  # array and unit, of shards read in place
 
     @property
     def path(self) -> str:
@@ -175,6 +176,7 @@ class Store:
                     shards.write_document(self._place, name, document)
         self._arrays.clear()
         self._kept.clear()
+        self._checked.clear()
 
     def write_parts(
         self,
@@ -296,19 +298,21 @@ class Store:
         }
 
     def rows(self, array: str, slots: Sequence[int] | np.ndarray) -> np.ndarray:
-        """Single photos' rows of one array, in the order asked. Checked as `read` does.
+        """Single photos' rows of one array, in the order asked; any thread may ask.
 
-        The last shard of each array stays in memory, for who asks photo by photo.
+        A shard is checked, as `read` does, when it is first asked for.  On a disk no more than the
+        rows is read from then on; of a bucket the last shard of each array stays in memory.
         """
         slots = np.asarray(slots, dtype=np.int64)
         reader = self._readers([array])[array]
         rows = np.empty((len(slots), *reader.shape[1:]), reader.dtype)
         for unit in np.unique(slots // self.index.unit_size).tolist():
-            if self._kept.get(array, (None,))[0] != unit:
-                ((_, shard),) = self._shards(unit, {array: reader})
-                self._kept[array] = unit, shard
             of_unit = slots // self.index.unit_size == unit
-            rows[of_unit] = reader.pick(unit, self._kept[array][1], slots[of_unit])
+            if (array, unit) in self._checked:
+                rows[of_unit] = reader.pick_in_place(slots[of_unit])
+            else:
+                shard = self._shard(unit, array, reader)
+                rows[of_unit] = reader.pick(unit, shard, slots[of_unit])
         return rows
 
     def slots(self, part: str) -> list[int]:
@@ -379,6 +383,18 @@ class Store:
 
     def _let_go(self, unit: int) -> None:
         self._kept = {name: kept for name, kept in self._kept.items() if kept[0] != unit}
+        self._checked = {(name, other) for name, other in self._checked if other != unit}
+
+    def _shard(self, unit: int, array: str, reader: shards.ArrayReader) -> bytes:
+        """A shard that is checked now, or was the last one asked of its array."""
+        kept_unit, shard = self._kept.get(array, (None, b""))
+        if kept_unit != unit:
+            ((_, shard),) = self._shards(unit, {array: reader})
+            if reader.is_in_place:
+                self._checked.add((array, unit))
+            else:
+                self._kept[array] = unit, shard
+        return shard
 
     def _readers(self, arrays: Sequence[str]) -> dict[str, shards.ArrayReader]:
         lacking = [array for array in arrays if array not in self._arrays]
@@ -387,10 +403,14 @@ class Store:
             where = self._place.at(name)
             try:
                 document = shards.as_document(given(data, where), where)
-                self._arrays[array] = shards.ArrayReader(self._place.at(array), document)
+                self._arrays[array] = self._reader(array, document)
             except StoreError as error:
                 raise StoreError(f"array {array!r}: {error}; {_CURE}") from error
         return {array: self._arrays[array] for array in arrays}
+
+    def _reader(self, array: str, document: shards.Document) -> shards.ArrayReader:
+        folder = self._place.folder
+        return shards.ArrayReader(self._place.at(array), document, folder and folder / array)
 
     def _documents(self) -> dict[str, shards.Document]:
         """The arrays there whose documents are whole: name -> zarr.json."""

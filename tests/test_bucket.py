@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -119,6 +120,17 @@ def test_units_and_single_photos_are_read_as_they_were_written(service):
         slots = np.array([6, 0, 3, 0])
         found = store.rows(spec.name, slots)
         np.testing.assert_array_equal(found, np.concatenate(whole)[slots])
+
+
+def test_threads_that_read_single_photos_at_once_get_their_own(service):
+    precompute(URL)
+    store = Store.open(URL)
+    names = [store.index.unit_names(unit) for unit in range(store.index.num_units)]
+    everything = np.concatenate([rows(SPECS[0], of_unit, "1") for of_unit in names])
+    slots = np.random.default_rng(0).integers(0, len(everything), 200)
+    with ThreadPoolExecutor(8) as pool:
+        found = list(pool.map(lambda slot: store.rows(SPECS[0].name, [slot])[0], slots))
+    np.testing.assert_array_equal(np.stack(found), everything[slots])
 
 
 def test_any_zarr_client_reads_it(service):

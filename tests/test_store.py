@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -139,6 +140,15 @@ def test_single_photos_are_read_in_the_order_asked(filled):
         for spec in SPECS:
             everything = np.concatenate([rows(spec, unit) for unit in range(3)])
             np.testing.assert_array_equal(store.rows(spec.name, slots), everything[slots])
+
+
+def test_threads_that_read_single_photos_at_once_get_their_own(filled):
+    store = Store.open(filled)
+    everything = np.concatenate([rows(SPECS[0], unit) for unit in range(3)])
+    slots = np.random.default_rng(0).integers(0, len(NAMES), 1000)
+    with ThreadPoolExecutor(8) as pool:
+        found = list(pool.map(lambda slot: store.rows("photo", [slot])[0], slots))
+    np.testing.assert_array_equal(np.stack(found), everything[slots])
 
 
 def test_any_zarr_client_reads_the_store_and_lists_it_without_a_warning(filled):
