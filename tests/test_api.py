@@ -1,6 +1,7 @@
 """The functions of the package behave as the commands: settings, kinds of paths."""
 
 import logging
+from pathlib import Path
 
 import pytest
 from toys import ToyClip, ToySegmenter, write_photos
@@ -65,8 +66,7 @@ def test_unknown_settings_and_presets_are_told_in_words(store):
 def test_a_store_that_lost_its_index_is_mended_with_the_defaults_and_a_warning(
     store, tmp_path, caplog
 ):
-    with Store.open(store) as opened:
-        (path,) = opened.path.glob("evenlight/index.json")
+    path = Path(store, "evenlight", "index.json")
     path.write_text("{}")
     for function in (evenlight.train, evenlight.tune_clip, evenlight.regenerate):
         arguments = (store, tmp_path / "run") if function is evenlight.train else (store,)
