@@ -13,10 +13,10 @@ demo: $(VENV)/ready
 	@echo "open demo-output/report.html"
 
 test: $(VENV)/ready
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile
 
 quick: $(VENV)/ready  # while at work: all but the tests that take more than about ten seconds
-	$(BIN)/python -m pytest -q -m 'not slow'
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile -m 'not slow'
 
 torture: $(VENV)/ready  # hours: every fault with its full counts, and every safety removed once
 	$(BIN)/python -m benchmarks.torture

@@ -154,7 +154,7 @@ def test_photos_that_memory_does_not_hold_give_the_same_training(larger, tmp_pat
     models = Models(ToySegmenter(), ToyClip())
     ends = []
     for name, memory_gb in (("whole", 0.0), ("ahead", EIGHT_PHOTOS)):
-        with caplog.at_level("INFO"):
+        with caplog.at_level("INFO", logger="evenlight"):
             told = {**STEPS, "run.memory_gb": memory_gb}
             result = train(larger, tmp_path / name, settings=told, models=models)
         assert (

@@ -184,7 +184,7 @@ def test_more_steps_train_on_at_the_rate_of_the_longer_run(uninterrupted, tmp_pa
     for name in ("through", "stopped"):
         out = tmp_path / name
         shutil.copytree(uninterrupted[0], out)
-        with caplog.at_level("INFO"):
+        with caplog.at_level("INFO", logger="evenlight"):
             if name == "stopped":
                 with pytest.raises(KeyboardInterrupt):
                     run(out, longer, on_progress=halt_at(15))
