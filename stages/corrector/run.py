@@ -96,8 +96,11 @@ class Run:
         info = self.info | {"progress": progress}
         save_checkpoint(checkpoints_of(self.folder), self.step, tensors, info, self.best_step)
 
-    def restore(self, checkpoint: Checkpoint) -> None:
-        """Take the state of a checkpoint.  Raises StoreError where it is that of another run."""
+    def restore(self, checkpoint: Checkpoint) -> int:
+        """Take the state of a checkpoint; how many processes trained it.
+
+        Raises StoreError where it is that of another run.
+        """
         where = f"checkpoint {checkpoint.step} of {self.folder}"
         progress = checked(_Progress, checkpoint.info.get("progress"), where)
         try:
@@ -107,14 +110,7 @@ class Run:
         self.step, self.best_step = checkpoint.step, progress.best_step
         self.best_psnr = -math.inf if progress.best_psnr is None else progress.best_psnr
         self.calibration.restore(vars(progress.calibration))
-        if progress.ranks != self.ranks:
-            log.info(
-                "trained by %d process%s until now, by %d from here on: the steps are the same, "
-                "their losses to rounding",
-                progress.ranks,
-                "" if progress.ranks == 1 else "es",
-                self.ranks,
-            )
+        return progress.ranks
 
     def _take(self, tensors: dict[str, Tensor]) -> None:
         def part(prefix: str) -> dict[str, Tensor]:
@@ -186,7 +182,15 @@ def begin(
             f"the run in {checkpoints}, at step {checkpoint.step}, was begun otherwise ({told}): "
             "restore that (train.steps may rise), or choose another output folder"
         )
-    run.restore(checkpoint)
+    ranks = run.restore(checkpoint)
+    if ranks != run.ranks:
+        log.info(
+            "trained by %d process%s until now, by %d from here on: the steps are the same, "
+            "their losses to rounding",
+            ranks,
+            "" if ranks == 1 else "es",
+            run.ranks,
+        )
     log.info("resuming %s at step %d", run.folder, run.step)
     if changed:
         rate = learning_rate(run.step, settings.train)
