@@ -154,7 +154,7 @@ def _on_dask(work: Callable[[Task], Done], tasks: Sequence[Task], scheduler: str
         raise EnvironmentLacks(f"no Dask scheduler answers at {scheduler} ({error})") from error
     with client:
         with contextlib.suppress(KeyError):  # it has none
-            log.info("dashboard of the cluster: %s", client.dashboard_link)
+            log.info("dashboard, unless started without: %s", client.dashboard_link)
         # Futures are let go one by one: the results of a worker that dies are made anew otherwise.
         for future in as_completed(client.map(work, tasks, pure=False, retries=TRIES - 1)):
             try:

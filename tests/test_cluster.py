@@ -152,7 +152,7 @@ def test_real_workers_may_be_killed_and_added_in_mid_run(tmp_path, caplog):
     assert (report.units_made, report.failed, models.segmenter.photos) == (8, [], 0)
     loads = (tmp_path / "loads").read_text().split()
     assert len(loads) == len(set(loads)) >= 2  # each worker loads once
-    assert re.search(r"dashboard of the cluster: http://127\.0\.0\.1:\d+/status", caplog.text)
+    assert re.search(r"started without: http://127\.0\.0\.1:\d+/status", caplog.text)
     precompute(tmp_path / "photos", tmp_path / "here", **options)
     with Store.open(tmp_path / "S") as store, Store.open(tmp_path / "here") as here:
         assert store.digest() == here.digest()
