@@ -16,6 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+BLOCK = 8  # tokens of a block: fewer make more levels, more make more steps
+
 
 def scan(a_BDL: Tensor, b_BDL: Tensor, reverse: bool = False) -> Tensor:
     """States of h_t = a_t h_(t-1) + b_t with h_0 = 0 before the first token.
@@ -54,7 +56,7 @@ def scan_reference(a_BDL: Tensor, b_BDL: Tensor, reverse: bool = False) -> Tenso
 
 
 def scan_blocked(a_BDL: Tensor, b_BDL: Tensor, reverse: bool = False) -> Tensor:
-    """Two levels in plain PyTorch: sqrt(L) steps inside all blocks at once, then over blocks."""
+    """In plain PyTorch: `BLOCK` steps inside all blocks at once, the same over their ends."""
     return _Blocked.apply(a_BDL.mT, b_BDL.mT, reverse).mT
 
 
@@ -107,7 +109,7 @@ class _Blocked(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, a_BLD: Tensor, b_BLD: Tensor, reverse: bool) -> Tensor:
-        h_BLD = _two_level(a_BLD, b_BLD, reverse)
+        h_BLD = _blocks_of_blocks(a_BLD, b_BLD, reverse)
         ctx.save_for_backward(a_BLD, h_BLD)
         ctx.reverse = reverse
         return h_BLD
@@ -115,46 +117,49 @@ class _Blocked(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
         a_BLD, h_BLD = ctx.saved_tensors
-        next_a_BLD = _shift(a_BLD, forward=ctx.reverse)
-        G_BLD = _two_level(next_a_BLD, grads[0], not ctx.reverse)
-        return G_BLD * _shift(h_BLD, forward=not ctx.reverse), G_BLD, None
+        later, earlier = slice(1, None), slice(None, -1)  # in the order of the scan
+        if ctx.reverse:
+            later, earlier = earlier, later
+        next_a_BLD, da_BLD = torch.zeros_like(a_BLD), torch.zeros_like(a_BLD)
+        next_a_BLD[:, earlier] = a_BLD[:, later]
+        G_BLD = _blocks_of_blocks(next_a_BLD, grads[0], not ctx.reverse)
+        torch.mul(G_BLD[:, later], h_BLD[:, earlier], out=da_BLD[:, later])
+        return da_BLD, G_BLD, None
 
 
-def _shift(x_BLD: Tensor, forward: bool) -> Tensor:
-    """x one token later (forward) or earlier, with 0 where nothing comes from."""
-    shifted = torch.zeros_like(x_BLD, memory_format=torch.contiguous_format)
-    if forward:
-        shifted[:, 1:] = x_BLD[:, :-1]
-    else:
-        shifted[:, :-1] = x_BLD[:, 1:]
-    return shifted
-
-
-def _two_level(a_BLD: Tensor, b_BLD: Tensor, reverse: bool) -> Tensor:
+def _blocks_of_blocks(a_BLD: Tensor, b_BLD: Tensor, reverse: bool) -> Tensor:
+    """All blocks of `BLOCK` tokens at once, each from 0 on; their ends are the tokens of the same
+    recurrence, whose states are what enters the blocks."""
     num_batch, num_tokens, num_channels = a_BLD.shape
-    steps = max(1, round(num_tokens**0.5))  # the image width for a square image
-    padding = -num_tokens % steps
+    if num_tokens <= 2 * BLOCK:
+        h_BLD = torch.empty_like(b_BLD)
+        _run(reverse, a_BLD, b_BLD, h_BLD)
+        return h_BLD
+    padding = -num_tokens % BLOCK
     if padding:  # at the end, where zeros are harmless in both directions
         a_BLD, b_BLD = (F.pad(x, (0, 0, 0, padding)) for x in (a_BLD, b_BLD))
-    shape = (num_batch, -1, steps, num_channels)
-    a_BKSD, b_BKSD = a_BLD.reshape(shape), b_BLD.reshape(shape)
-    num_blocks = a_BKSD.shape[1]
-    h_BKSD, product_BKSD = torch.empty_like(b_BKSD), torch.empty_like(b_BKSD)
+    a_BKSD, b_BKSD = (x.unflatten(1, (-1, BLOCK)) for x in (a_BLD, b_BLD))
+    h_BKSD, product_BKSD = torch.empty_like(b_BKSD), torch.empty_like(a_BKSD)
+    _run(reverse, *(x.transpose(1, 2) for x in (a_BKSD, b_BKSD, h_BKSD, product_BKSD)))
+    end = 0 if reverse else -1
+    state_BKD = _blocks_of_blocks(product_BKSD[:, :, end], h_BKSD[:, :, end], reverse)
+    if reverse:
+        h_BKSD[:, :-1].addcmul_(product_BKSD[:, :-1], state_BKD[:, 1:, None])
+    else:
+        h_BKSD[:, 1:].addcmul_(product_BKSD[:, 1:], state_BKD[:, :-1, None])
+    return h_BKSD.flatten(1, 2)[:, :num_tokens]
 
-    order = list(reversed(range(steps))) if reverse else list(range(steps))
-    h_BKSD[:, :, order[0]] = b_BKSD[:, :, order[0]]
-    product_BKSD[:, :, order[0]] = a_BKSD[:, :, order[0]]
+
+def _run(
+    reverse: bool, a_BS: Tensor, b_BS: Tensor, h_BS: Tensor, product_BS: Tensor | None = None
+) -> None:
+    """The loop over S tokens, whatever follows them in the shape: states into h_BS, products of
+    a so far into product_BS."""
+    order = range(a_BS.shape[1])[:: -1 if reverse else 1]
+    h_BS[:, order[0]] = b_BS[:, order[0]]
+    if product_BS is not None:
+        product_BS[:, order[0]] = a_BS[:, order[0]]
     for before, s in itertools.pairwise(order):
-        a_BKD = a_BKSD[:, :, s]
-        torch.addcmul(b_BKSD[:, :, s], a_BKD, h_BKSD[:, :, before], out=h_BKSD[:, :, s])
-        torch.mul(a_BKD, product_BKSD[:, :, before], out=product_BKSD[:, :, s])
-
-    end = order[-1]
-    carry_BKD = torch.zeros_like(h_BKSD[:, :, end])  # the state that enters each block
-    blocks = list(reversed(range(num_blocks))) if reverse else list(range(num_blocks))
-    for before, k in itertools.pairwise(blocks):
-        carry_BKD[:, k] = torch.addcmul(
-            h_BKSD[:, before, end], product_BKSD[:, before, end], carry_BKD[:, before]
-        )
-    h_BKSD.addcmul_(product_BKSD, carry_BKD[:, :, None])
-    return h_BKSD.reshape(num_batch, num_tokens + padding, num_channels)[:, :num_tokens]
+        torch.addcmul(b_BS[:, s], a_BS[:, s], h_BS[:, before], out=h_BS[:, s])
+        if product_BS is not None:
+            torch.mul(a_BS[:, s], product_BS[:, before], out=product_BS[:, s])
