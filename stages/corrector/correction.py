@@ -41,7 +41,12 @@ def lost(photo: Array) -> Array:
 def correct(photo_B3HW: Array, correction: Correction, family: str) -> Array:
     """The corrected photo, not clamped, float32 B,3,H,W: curve, fills, residual."""
     toned = tone.apply(family, photo_B3HW, float32(correction.strength_B3HW))
+    return filled(photo_B3HW, toned, correction, family)
+
+
+def filled(photo_B3HW: Array, toned_B3HW: Array, correction: Correction, family: str) -> Array:
+    """`correct` of a photo that its curve was applied to."""
     ones_B = namespace(photo_B3HW).ones_like(correction.whole_B)
     white_B111 = tone.apply(family, ones_B, correction.whole_B)[:, None, None, None]
-    fill = correction.cover_B1HW * (white_B111 - toned) + correction.shift_B3HW
-    return toned + lost(float32(photo_B3HW)) * fill + correction.residual_B3HW
+    fill = correction.cover_B1HW * (white_B111 - toned_B3HW) + correction.shift_B3HW
+    return toned_B3HW + lost(float32(photo_B3HW)) * fill + correction.residual_B3HW

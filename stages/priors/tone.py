@@ -29,6 +29,7 @@ EV_PER_STRENGTH = 1.6  # of the family `ev`
 END = 1e-4  # each curve is a chord over the last END of either side, where slopes run to infinity
 CLIPPED_WHITE = 1 / 510  # half an 8-bit step: how far below white a clipped value may lie
 MAX_RULE_STRENGTH = 3.0
+TABLE_STEP = 1e-3  # of strength between two rows of a table: moves no value by .1 of an 8-bit level
 LEVELS = 4096  # of the rule's histogram: strengths come out within .001 of those of all pixels
 RULE_TARGET = 119 / 255  # mean luma the rule aims at; best of a sweep on real brackets
 
@@ -49,11 +50,9 @@ def apply(family: str, x: Array, t: Array | float) -> Array:
             return curve(x, t)
         if family == "film":  # infinitely steep at white
             x = x * _white_point(t)
-        inside = xp.clip(x, END, 1 - END)
-        y = curve(inside, t)
-        low = y * (x / END)
-        high = 1 - (1 - y) * ((1 - x) / END)
-        return xp.where(x < END, low, xp.where(x > 1 - END, high, y))
+        y = curve(xp.clip(x, END, 1 - END), t)
+        y = y * xp.clip(x / END, None, 1)
+        return 1 - (1 - y) * xp.clip((1 - x) / END, None, 1)
 
 
 def at_levels(family: str, pixels: np.ndarray, t: float, xp: Any = None) -> np.ndarray:
@@ -69,6 +68,25 @@ def on_bytes(family: str, pixels: np.ndarray, t: float, xp: Any = None) -> np.nd
     """Pixels re-exposed by one strength, uint8 in and out.  xp: as in `at_levels`."""
     table = at_levels(family, np.arange(256), t, xp)
     return np.rint(table * 255).astype(np.uint8)[pixels]
+
+
+class Table:
+    """`apply` on levels of 8 bits, strengths rounded to TABLE_STEP: in a fourth of the time.
+
+    low, high: the strengths that it serves.  xp: whose arrays it reads: numpy's, or torch's (None).
+    """
+
+    def __init__(self, family: str, low: float, high: float, xp: Any = None) -> None:
+        self.low = low
+        strengths = low + TABLE_STEP * np.arange(2 + (high - low) // TABLE_STEP, dtype=np.float32)
+        levels = from_numpy(np.arange(256, dtype=np.float32), xp) / 255
+        self.values = apply(family, levels, from_numpy(strengths[:, None], xp)).reshape(-1)
+
+    def apply(self, x: Array, t: Array) -> Array:
+        """x: float32, k / 255 of whole k; t: float32 of the same shape.  float32 in [0, 1]."""
+        xp = namespace(x)
+        row = xp.round((t - self.low) / TABLE_STEP)
+        return xp.take(self.values, xp.asarray(256 * row + 255 * x + 0.5, dtype=xp.int64))
 
 
 def rule_strength(
