@@ -145,7 +145,8 @@ def test_a_corrector_answers_the_same_at_the_working_size_and_in_strips():
         rgb, Correction(maps.whole, t, maps.fill[:, :1], maps.fill[:, 1:], residual), "film"
     )
     found = apply.apply_maps(photo, maps)
-    assert np.array_equal(found, to_bytes(wanted).numpy())
+    away = np.abs(found.astype(int) - to_bytes(wanted).numpy())
+    assert away.max() <= 1 and away.mean() < 0.03  # strengths of its table are rounded
 
 
 def grainy(dtype: type = np.uint8) -> np.ndarray:

@@ -33,12 +33,18 @@ def test_a_photo_without_shadows_has_none(level: int) -> None:
     assert grain.grain_of(np.full((80, 90, 3), level, np.uint8)) == 0
 
 
+def smoothed(photo_HW3: np.ndarray, deviation: float) -> np.ndarray:
+    """Photo and deviation of the range 0 to 255."""
+    planes = np.moveaxis(photo_HW3, 2, 0) / np.float32(255)
+    return 255 * np.moveaxis(grain.smoothed(planes, deviation / 255, 1.0), 0, 2)
+
+
 def test_grain_goes_edges_and_lights_stay() -> None:
     clean = np.full((300, 400, 3), 20, np.float32)
     clean[:, 200:] = 60
     clean[200:] = 200
     noise = 2 * np.random.default_rng(0).standard_normal(clean.shape).astype(np.float32)
-    calm = 255 * grain.smoothed((clean + noise) / 255, 2 / 255, 1.0)
+    calm = smoothed(clean + noise, 2)
     left = np.abs(calm - clean)
     dark = np.s_[10:190, 10:190]
     assert left[dark].mean() < 0.45 * np.abs(noise[dark]).mean()
@@ -51,7 +57,7 @@ def test_colour_grain_goes_coloured_detail_stays() -> None:
     clean = np.full((200, 300, 3), 30, np.float32)
     clean[:, ::20] = (60, 20, 20)  # red lines, one pixel wide
     noise = np.random.default_rng(0).standard_normal(clean.shape).astype(np.float32)
-    calm = 255 * grain.smoothed((clean + noise) / 255, 0.6 / 255, 1.0)
+    calm = smoothed(clean + noise, 0.6)
     red = calm[5:-5, 20:-20:20].mean((0, 1))
     assert red[0] - red[1] == pytest.approx(40, abs=8)
     between = (calm - clean)[:, 10::20]
@@ -59,5 +65,5 @@ def test_colour_grain_goes_coloured_detail_stays() -> None:
 
 
 def test_share_of_nothing_changes_nothing() -> None:
-    photo = grainy(24, 2).astype(np.float32) / 255
-    assert np.array_equal(grain.smoothed(photo, 2 / 255, 0.0), photo)
+    planes = np.moveaxis(grainy(24, 2), 2, 0).astype(np.float32) / 255
+    assert np.array_equal(grain.smoothed(planes, 2 / 255, 0.0), planes)

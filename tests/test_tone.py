@@ -109,3 +109,13 @@ def test_the_rule_answers_sensibly_for_black_white_and_out_of_reach(family):
     assert float(t[0]) == 0
     assert float(t[2]) > 2
     assert float(t[1]) == 0 if family == "gamma" else float(t[1]) < 0
+
+
+@pytest.mark.parametrize("family", tone.CURVES)
+def test_a_table_is_the_curve_within_a_tenth_of_a_level(family):
+    levels = torch.arange(256).repeat(500, 1) / 255
+    strengths = torch.linspace(-1.7, 1.3, 500)[:, None].expand_as(levels).contiguous()
+    found = tone.Table(family, -1.7, 1.3).apply(levels, strengths)
+    assert (found - tone.apply(family, levels, strengths)).abs().max() * 255 < 0.1
+    none = torch.zeros_like(levels)
+    assert torch.equal((tone.Table(family, -0.5, 0.5).apply(levels, none) * 255).round(), levels * 255)

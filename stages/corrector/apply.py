@@ -8,21 +8,26 @@ lifted (grain.py).  The cost per pixel is constant and memory is bounded by the 
 
 # H W full-size pixels, h w working-size pixels
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
+import cv2
 import numpy as np
 
 from evenlight.stages.arrays import Array, from_numpy, like, namespace, to_numpy
 from evenlight.stages.corrector import grain
-from evenlight.stages.corrector.correction import Correction, correct
-from evenlight.stages.pixels import coefficients, enlarged, luma
+from evenlight.stages.corrector.correction import Correction, filled
+from evenlight.stages.pixels import coefficients, luma
+from evenlight.stages.priors import tone
 
-STRIP_PIXELS = 2**20
-NUMPY_STRIP = 2**18  # its maps, one after the other, take .6 of the time of the larger ones
+STRIP_PIXELS = 2**18  # whose maps fit the cache
+WIDEST = 4.0  # range of strengths that a table serves
 GUIDE_RADIUS = 4  # working-size pixels
 GUIDE_EPS = 1e-3
 LIFTED = 0.5  # strength of the photo from which on all grain is taken out, below in proportion
+Curve = Callable[[Array, Array], Array]  # of values and strengths
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,6 +43,11 @@ class Maps:
     b: Array
     fill: Array
     family: str
+
+    def scaled(self, share: float) -> "Maps":
+        """So much of the correction: 0 changes nothing."""
+        whole, a, b, fill = (share * x for x in (self.whole, self.a, self.b, self.fill))
+        return Maps(whole=whole, a=a, b=b, fill=fill, family=self.family)
 
 
 def fit_maps(photo_13hw: Array, correction: Correction, family: str) -> Maps:
@@ -62,18 +72,29 @@ def apply_maps(
     """
     height, width = pixels_HW3.shape[:2]
     rows, columns = window or (slice(0, height), slice(0, width))
-    xp = namespace(maps.a)
-    step = max(1, (NUMPY_STRIP if xp is np else STRIP_PIXELS) // (columns.stop - columns.start))
-    share = min(1.0, strength * maps.whole.item() / LIFTED)
+    maps, xp = maps.scaled(strength), namespace(maps.a)
+    step = max(1, STRIP_PIXELS // (columns.stop - columns.start))
+    share = min(1.0, maps.whole.item() / LIFTED)
     deviation = grain.grain_of(pixels_HW3) if share > 0 else 0.0
+    curve = _curve(maps, by_table=pixels_HW3.dtype == np.uint8 and not deviation)
     out = np.empty_like(pixels_HW3[rows, columns])
     for top in range(rows.start, rows.stop, step):
         place = slice(top, min(top + step, rows.stop)), columns
         rgb = _calm(pixels_HW3, place, deviation, share, xp)
-        corrected = _corrected(rgb, place, (height, width), maps, strength)
+        corrected = _corrected(rgb, place, (height, width), maps, curve)
         scaled = xp.clip(xp.moveaxis(corrected[0], 0, 2), 0, 1) * np.iinfo(out.dtype).max
         out[top - rows.start :][: len(scaled)] = to_numpy(xp.round(scaled)).astype(out.dtype)
     return out
+
+
+def _curve(maps: Maps, *, by_table: bool) -> Curve:
+    """The tone operator, or its table for all strengths that the maps give."""
+    xp = namespace(maps.a)
+    strengths = xp.stack([maps.b[:, :3], (maps.a + maps.b)[:, :3]])  # of black, of white
+    low, high = float(strengths.min()), float(strengths.max())
+    if by_table and high - low <= WIDEST:
+        return tone.Table(maps.family, low, high, xp).apply
+    return partial(tone.apply, maps.family)
 
 
 def _calm(
@@ -84,25 +105,28 @@ def _calm(
     top, left = (max(0, side.start - reach) for side in place)
     rows, columns = place
     around = pixels[top : rows.stop + reach, left : columns.stop + reach]
-    values = around.astype(np.float32) / np.iinfo(pixels.dtype).max
+    values = np.moveaxis(around, 2, 0).astype(np.float32, order="C") / np.iinfo(pixels.dtype).max
     if deviation:
         values = grain.smoothed(values, deviation, share)
-    values = values[rows.start - top :, columns.start - left :]
-    values = values[: rows.stop - rows.start, : columns.stop - columns.start]
-    return xp.moveaxis(from_numpy(values, xp), 2, 0)[None]
+    values = values[:, rows.start - top :, columns.start - left :]
+    values = values[:, : rows.stop - rows.start, : columns.stop - columns.start]
+    return from_numpy(values[None], xp)
 
 
 def _corrected(
-    rgb: Array, place: tuple[slice, slice], size: tuple[int, int], maps: Maps, strength: float
+    rgb: Array, place: tuple[slice, slice], size: tuple[int, int], maps: Maps, curve: Curve
 ) -> Array:
     """size: of the whole photo, pixels."""
     (height, width), (strip, columns) = size, place
-    a, b, fill = (
-        _strip_of(x, strip, height, width)[..., columns] for x in (maps.a, maps.b, maps.fill)
-    )
+    a, b = (_strip_of(x, strip, height, width)[..., columns] for x in (maps.a, maps.b))
     lines = a * luma(rgb) + b
-    correction = Correction(maps.whole, lines[:, :3], fill[:, :1], fill[:, 1:], lines[:, 3:])
-    return correct(rgb, correction.scaled(strength), maps.family)
+    strength, residual = lines[:, :3], lines[:, 3:]
+    toned = curve(rgb, strength)
+    if not maps.fill.any():
+        return toned + residual
+    fill = _strip_of(maps.fill, strip, height, width)[..., columns]
+    correction = Correction(maps.whole, strength, fill[:, :1], fill[:, 1:], residual)
+    return filled(rgb, toned, correction, maps.family)
 
 
 def _strip_of(low_1Chw: Array, strip: slice, height: int, width: int) -> Array:
@@ -113,5 +137,8 @@ def _strip_of(low_1Chw: Array, strip: slice, height: int, width: int) -> Array:
     upper = np.floor(to_numpy(position)).astype(int)
     lower = np.minimum(upper + 1, source_rows - 1)
     share = (position - like(upper, position)).reshape(1, 1, -1, 1)
-    rows = low_1Chw[:, :, upper] * (1 - share) + low_1Chw[:, :, lower] * share
-    return enlarged(rows, rows.shape[2], width)
+    rows = to_numpy(low_1Chw[:, :, upper] * (1 - share) + low_1Chw[:, :, lower] * share)
+    wide = np.empty((*rows.shape[:3], width), np.float32)
+    for row, into in zip(rows[0], wide[0], strict=True):  # a plane each: half of torch's time
+        cv2.resize(row, into.shape[::-1], dst=into, interpolation=cv2.INTER_LINEAR)
+    return from_numpy(wide, xp)

@@ -47,22 +47,22 @@ def grain_of(pixels_HW3: np.ndarray) -> float:
     return float(np.quantile(deviations, QUIET)) if len(deviations) >= FEWEST * total else 0.0
 
 
-def smoothed(rgb_HW3: np.ndarray, grain: float, share: float) -> np.ndarray:
+def smoothed(rgb_3HW: np.ndarray, grain: float, share: float) -> np.ndarray:
     """The photo without the grain of its shadows, float32 of the same shape, range 0 to 1.
 
     grain: as `grain_of` tells.  share: how much of it to take out, 0 to 1.
     """
-    level = _luma(rgb_HW3)
+    level = np.tensordot(np.array(LUMA_WEIGHTS, np.float32), rgb_3HW, 1)
     dark = share * (1 - level / FADES_AT).clip(0, 1)
     if not dark.any():
-        return rgb_HW3
+        return rgb_3HW
     in_luma, in_colour = (times * grain for times in SMOOTHED)
-    calm = _calmed(level, in_luma)[..., None] + _calmed(rgb_HW3 - level[..., None], in_colour)
-    return rgb_HW3 + dark[..., None] * (calm - rgb_HW3)
+    calm = _calmed(level, in_luma)
+    return np.stack([x + dark * (calm + _calmed(x - level, in_colour) - x) for x in rgb_3HW])
 
 
 def _calmed(x: np.ndarray, deviation: float) -> np.ndarray:
-    """Each channel, guided by itself: what varies by less than `deviation` is averaged."""
+    """A plane, guided by itself: what varies by less than `deviation` is averaged."""
     mean = _mean(x, RADIUS)
     variance = (_mean(x * x, RADIUS) - mean * mean).clip(0)
     a = variance / (variance + deviation * deviation)
