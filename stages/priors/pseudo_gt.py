@@ -110,10 +110,11 @@ def _everywhere(
 
 def re_expose(photo_HW3: np.ndarray, t_map: Array, family: str) -> np.ndarray:
     """Pseudo-GT of a photo from its t map (float16, 1/4 size).  uint8 H,W,3 in and out."""
-    if t_map.amin() == t_map.amax():
-        return tone.on_bytes(family, photo_HW3, float(t_map[0, 0]))
+    low, high = float(t_map.amin()), float(t_map.amax())
+    if low == high:
+        return tone.on_bytes(family, photo_HW3, low)
     t = resize(t_map[None, None].float(), *photo_HW3.shape[:2])
-    return to_bytes(tone.apply(family, to_float(photo_HW3), t)).numpy()
+    return to_bytes(tone.Table(family, low, high).apply(to_float(photo_HW3), t)).numpy()
 
 
 def _smooth(

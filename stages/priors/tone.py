@@ -83,7 +83,7 @@ class Table:
         self.values = apply(family, levels, from_numpy(strengths[:, None], xp)).reshape(-1)
 
     def apply(self, x: Array, t: Array) -> Array:
-        """x: float32, k / 255 of whole k; t: float32 of the same shape.  float32 in [0, 1]."""
+        """x: float32, k / 255 of whole k; t: float32 that broadcasts with x.  float32 in [0, 1]."""
         xp = namespace(x)
         row = xp.round((t - self.low) / TABLE_STEP)
         return xp.take(self.values, xp.asarray(256 * row + 255 * x + 0.5, dtype=xp.int64))
