@@ -1,7 +1,7 @@
 """What users wait for, in CPU seconds, each beside its peers in the same run.
 
-    python -m benchmarks.speed [--sections precompute correct start onnx scan step store]
-                               [--repeats 3] [--exported FOLDER] [--json FILE]
+    python -m benchmarks.speed [--sections precompute workers correct start onnx scan step train
+                                store] [--repeats 3] [--exported FOLDER] [--json FILE]
 
 One thread. Section onnx runs what `evenlight export` wrote into FOLDER (else it is made anew, in
 more than a minute) beside torch. Photos are those that installed packages ship, re-exposed, at a
@@ -31,9 +31,10 @@ from evenlight.pipeline import config
 from evenlight.pipeline.demo import PHOTOS, installed_photo
 from evenlight.pipeline.export import export
 from evenlight.pipeline.load import load_predictor
-from evenlight.pipeline.models import load_models
+from evenlight.pipeline.models import Models, load_models
 from evenlight.pipeline.parts import PARTS, Part, Tools
 from evenlight.pipeline.precompute import precompute, regenerate
+from evenlight.pipeline.train import train
 from evenlight.stages.arrays import from_numpy
 from evenlight.stages.corrector.inputs import rule_corrected
 from evenlight.stages.corrector.network import Corrector
@@ -45,6 +46,8 @@ from evenlight.stages.settings import NetworkSettings
 
 SHIFTS = (-1.0, 0.0, 0.6)  # of the strength of `ev`
 MEGAPIXELS = (3000, 4000)  # the large photo
+FEW_MANY = (8, 40)  # photos of which the difference counts, start-up left out
+STEPS = 10  # of a training
 Row = dict[str, str | float]
 
 
@@ -103,18 +106,8 @@ def measure_precompute(table: Table) -> None:
     pictures = photos()
     data = [jpeg_bytes(picture) for picture in pictures]
     count = len(data)
-    settings = config.build()
-    models = load_models(settings)
-    tools = Tools(settings, models, Judge.shipped(models.clip))
-    made: list[dict] = [{"file": ("photo.jpg", one)} for one in data]
-
-    def make(part: Part) -> None:
-        for have in made:
-            have |= part.make({name: have[name] for name in part.reads}, tools)
-            height, width = have["extent"]
-            have["photo"] = have["photo"][:height, :width]
-
-    seconds = {part.name: table.best(partial(make, part)) / count for part in PARTS}
+    models = load_models(config.build())
+    made, seconds = parts_made(table, models, data)
     table.add("precompute", "a photo, all parts", sum(seconds.values()))
     for name, taken in seconds.items():
         table.add("precompute", f"  {name}", taken)
@@ -139,6 +132,49 @@ def measure_precompute(table: Table) -> None:
             lambda: regenerate(stores / "0", settings={"judge.prior_good": next(prior)})
         )
         table.time("precompute", "regenerate", again, count)
+
+
+def parts_made(
+    table: Table, models: Models, data: list[bytes]
+) -> tuple[list[dict], dict[str, float]]:
+    """What photos become in memory, and the seconds that each part takes for one."""
+    tools = Tools(config.build(), models, Judge.shipped(models.clip))
+    made: list[dict] = [{"file": ("photo.jpg", one)} for one in data]
+
+    def make(part: Part) -> None:
+        for have in made:
+            have |= part.make({name: have[name] for name in part.reads}, tools)
+            height, width = have["extent"]
+            have["photo"] = have["photo"][:height, :width]
+
+    return made, {part.name: table.best(partial(make, part)) / len(data) for part in PARTS}
+
+
+def measure_workers(table: Table) -> None:
+    """A photo of 512 more, whole processes: one worker, then two."""
+    with tempfile.TemporaryDirectory() as folder:
+        for command in ("precompute", "correct"):
+            for workers in (1, 2):
+                clocks = [run_on(Path(folder), command, workers, count) for count in FEW_MANY]
+                cpu, wall = ((many - few) for few, many in zip(*clocks, strict=True))
+                more = FEW_MANY[1] - FEW_MANY[0]
+                table.add(f"{command} x{workers}", "a photo more", cpu / more)
+                table.add(f"{command} x{workers}", "  by the clock", wall / more)
+
+
+def run_on(folder: Path, command: str, workers: int, count: int) -> tuple[float, float]:
+    """CPU seconds and seconds of a command on so many photos."""
+    source, out = folder / f"photos-{count}", folder / f"{command}-{workers}-{count}"
+    pictures = photos()
+    source.mkdir(exist_ok=True)
+    for number in range(count):
+        shifted = tone.on_bytes("ev", pictures[number % len(pictures)], number / 1000)
+        (source / f"{number}.jpg").write_bytes(jpeg_bytes(shifted))
+    into = "-s" if command == "precompute" else "-o"
+    call = [sys.executable, "-m", "evenlight.cli", command, str(source), into, str(out)]
+    started = time.perf_counter()
+    taken = child([*call, "--workers", str(workers)], OMP_NUM_THREADS="1")
+    return taken, time.perf_counter() - started
 
 
 def measure_correct(table: Table) -> None:
@@ -258,13 +294,39 @@ def measure_step(table: Table) -> None:
     table.time("step", "forward and backward, size small", step)
 
 
+def measure_train(table: Table) -> None:
+    """A step of `train`, from the cache; and were its photos made in it."""
+    data = [jpeg_bytes(picture) for picture in photos()]
+    with tempfile.TemporaryDirectory() as folder:
+        source, store = Path(folder, "photos"), Path(folder, "store")
+        source.mkdir()
+        for number, one in enumerate(data):
+            (source / f"{number}.jpg").write_bytes(one)
+        precompute(source, store)
+        ticks: dict[int, float] = {}
+
+        def tick(what: str, step: int, _: int) -> None:
+            if what == "steps":
+                ticks.setdefault(step, time.process_time())
+
+        steps = {"steps": STEPS, "log_every": 1, "calibrate": [1, 3]}
+        train(store, Path(folder, "run"), settings={"train": steps}, on_progress=tick)
+    step = min(after - before for before, after in itertools.pairwise(ticks.values()))
+    table.add("train", "a step, size small, from the cache", step)
+    _, seconds = parts_made(table, load_models(config.build()), data)
+    made = config.build().train.batch * sum(seconds.values())
+    table.add("train", "the same, its photos made anew", step + made)
+
+
 SECTIONS = {
     "precompute": measure_precompute,
+    "workers": measure_workers,
     "correct": measure_correct,
     "start": measure_start,
     "onnx": measure_onnx,
     "scan": measure_scan,
     "step": measure_step,
+    "train": measure_train,
     "store": lambda table: measure_store(table.add),
 }
 

@@ -70,10 +70,10 @@ def measure_one(photos: Path, store: Path, add: Add) -> None:
         add(section, f"`precompute`, {what}: the rest", time.process_time() - read)
 
 
-def child(call: list[str]) -> float:
-    """CPU seconds of a process."""
+def child(call: list[str], **environment: str) -> float:
+    """CPU seconds of a process, its own children with it."""
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    subprocess.run(call, check=True, capture_output=True)
+    subprocess.run(call, check=True, capture_output=True, env=os.environ | environment)
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
