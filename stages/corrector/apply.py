@@ -18,7 +18,7 @@ import numpy as np
 
 from evenlight.stages.arrays import Array, from_numpy, like, namespace, to_numpy
 from evenlight.stages.corrector import grain
-from evenlight.stages.corrector.correction import Correction, filled
+from evenlight.stages.corrector.correction import Correction, filled, smooth_luma
 from evenlight.stages.pixels import coefficients, luma
 from evenlight.stages.priors import tone
 
@@ -34,10 +34,12 @@ Curve = Callable[[Array, Array], Array]  # of values and strengths
 class Maps:
     """A predicted correction at the working size, float32.
 
-    whole: strength of the photo, 1.  a, b: 1,6,h,w, lines over luma; channels 0-2 give the strength
-    per RGB channel, 3-5 the residual.  fill: 1,4,h,w; cover, then the shift per RGB channel.
+    photo: 1,3,h,w in [0, 1].  whole: its strength, 1.  a, b: 1,6,h,w, lines over luma; channels 0-2
+    give the strength per RGB channel, 3-5 the residual.  fill: 1,4,h,w; cover, then the shift per
+    RGB channel.
     """
 
+    photo: Array
     whole: Array
     a: Array
     b: Array
@@ -47,7 +49,12 @@ class Maps:
     def scaled(self, share: float) -> "Maps":
         """So much of the correction: 0 changes nothing."""
         whole, a, b, fill = (share * x for x in (self.whole, self.a, self.b, self.fill))
-        return Maps(whole=whole, a=a, b=b, fill=fill, family=self.family)
+        return Maps(photo=self.photo, whole=whole, a=a, b=b, fill=fill, family=self.family)
+
+    def smooth(self) -> Array:
+        """`smooth_luma` of the photo as its strengths tone it, 1,1,h,w."""
+        strength = (self.a * luma(self.photo) + self.b)[:, :3]
+        return smooth_luma(tone.apply(self.family, self.photo, strength))
 
 
 def fit_maps(photo_13hw: Array, correction: Correction, family: str) -> Maps:
@@ -56,7 +63,7 @@ def fit_maps(photo_13hw: Array, correction: Correction, family: str) -> Maps:
     guided = xp.concat([correction.strength_B3HW, correction.residual_B3HW], 1)
     a, b = coefficients(luma(photo_13hw), guided, radius=GUIDE_RADIUS, eps=GUIDE_EPS)
     fill = xp.concat([correction.cover_B1HW, correction.shift_B3HW], 1)
-    return Maps(whole=correction.whole_B, a=a, b=b, fill=fill, family=family)
+    return Maps(photo=photo_13hw, whole=correction.whole_B, a=a, b=b, fill=fill, family=family)
 
 
 def apply_maps(
@@ -76,12 +83,13 @@ def apply_maps(
     step = max(1, STRIP_PIXELS // (columns.stop - columns.start))
     share = min(1.0, maps.whole.item() / LIFTED)
     deviation = grain.grain_of(pixels_HW3) if share > 0 else 0.0
+    fill = xp.concat([maps.fill, maps.smooth()], 1) if maps.fill.any() else None
     curve = _curve(maps, by_table=pixels_HW3.dtype == np.uint8 and not deviation)
     out = np.empty_like(pixels_HW3[rows, columns])
     for top in range(rows.start, rows.stop, step):
         place = slice(top, min(top + step, rows.stop)), columns
         rgb = _calm(pixels_HW3, place, deviation, share, xp)
-        corrected = _corrected(rgb, place, (height, width), maps, curve)
+        corrected = _corrected(rgb, place, (height, width), maps, fill, curve)
         scaled = xp.clip(xp.moveaxis(corrected[0], 0, 2), 0, 1) * np.iinfo(out.dtype).max
         out[top - rows.start :][: len(scaled)] = to_numpy(xp.round(scaled)).astype(out.dtype)
     return out
@@ -114,19 +122,24 @@ def _calm(
 
 
 def _corrected(
-    rgb: Array, place: tuple[slice, slice], size: tuple[int, int], maps: Maps, curve: Curve
+    rgb: Array,
+    place: tuple[slice, slice],
+    size: tuple[int, int],
+    maps: Maps,
+    fill: Array | None,
+    curve: Curve,
 ) -> Array:
-    """size: of the whole photo, pixels."""
+    """size: of the whole photo, pixels.  fill: that of the maps, with `smooth` behind it."""
     (height, width), (strip, columns) = size, place
     a, b = (_strip_of(x, strip, height, width)[..., columns] for x in (maps.a, maps.b))
     lines = a * luma(rgb) + b
     strength, residual = lines[:, :3], lines[:, 3:]
     toned = curve(rgb, strength)
-    if not maps.fill.any():
+    if fill is None:
         return toned + residual
-    fill = _strip_of(maps.fill, strip, height, width)[..., columns]
-    correction = Correction(maps.whole, strength, fill[:, :1], fill[:, 1:], residual)
-    return filled(rgb, toned, correction, maps.family)
+    fill = _strip_of(fill, strip, height, width)[..., columns]
+    correction = Correction(maps.whole, strength, fill[:, :1], fill[:, 1:4], residual)
+    return filled(rgb, toned, fill[:, 4:], correction, maps.family)
 
 
 def _strip_of(low_1Chw: Array, strip: slice, height: int, width: int) -> Array:

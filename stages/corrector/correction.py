@@ -5,9 +5,12 @@
 from typing import NamedTuple, Self
 
 from evenlight.stages.arrays import Array, float32, namespace
+from evenlight.stages.pixels import box_mean, luma
 from evenlight.stages.priors import tone
 
 LOST_FROM, LOST_TO = 0.88, 0.995  # values that clipping may have taken: from none to all of it
+KEPT = 0.6  # of the curve's detail under a fill
+DETAIL_RADIUS = 3  # what is detail, pixels of the working size
 
 
 class Correction(NamedTuple):
@@ -38,15 +41,27 @@ def lost(photo: Array) -> Array:
     return share * share * (3 - 2 * share)
 
 
+def smooth_luma(toned_B3HW: Array) -> Array:
+    """What is not detail of the luma of a toned photo of the working size.  B,1,H,W."""
+    return box_mean(box_mean(luma(toned_B3HW), DETAIL_RADIUS), DETAIL_RADIUS)
+
+
 def correct(photo_B3HW: Array, correction: Correction, family: str) -> Array:
-    """The corrected photo, not clamped, float32 B,3,H,W: curve, fills, residual."""
+    """The corrected photo of the working size, not clamped, float32 B,3,H,W."""
     toned = tone.apply(family, photo_B3HW, float32(correction.strength_B3HW))
-    return filled(photo_B3HW, toned, correction, family)
+    return filled(photo_B3HW, toned, smooth_luma(toned), correction, family)
 
 
-def filled(photo_B3HW: Array, toned_B3HW: Array, correction: Correction, family: str) -> Array:
-    """`correct` of a photo that its curve was applied to."""
+def filled(
+    photo_B3HW: Array, toned_B3HW: Array, smooth_B1HW: Array, correction: Correction, family: str
+) -> Array:
+    """`correct` of a photo that its curve was applied to: fills and residual.
+
+    smooth: `smooth_luma` of the toned photo.  A fill hides what the curve leaves but for KEPT of
+    its detail: values that clipping may have taken are mostly values that it has not.
+    """
     ones_B = namespace(photo_B3HW).ones_like(correction.whole_B)
     white_B111 = tone.apply(family, ones_B, correction.whole_B)[:, None, None, None]
-    fill = correction.cover_B1HW * (white_B111 - toned_B3HW) + correction.shift_B3HW
+    covering = white_B111 + KEPT * (luma(toned_B3HW) - smooth_B1HW)
+    fill = correction.cover_B1HW * (covering - toned_B3HW) + correction.shift_B3HW
     return toned_B3HW + lost(float32(photo_B3HW)) * fill + correction.residual_B3HW

@@ -130,7 +130,7 @@ class _Blocked(torch.autograd.Function):
 def _blocks_of_blocks(a_BLD: Tensor, b_BLD: Tensor, reverse: bool) -> Tensor:
     """All blocks of `BLOCK` tokens at once, each from 0 on; their ends are the tokens of the same
     recurrence, whose states are what enters the blocks."""
-    num_batch, num_tokens, num_channels = a_BLD.shape
+    num_tokens = a_BLD.shape[1]
     if num_tokens <= 2 * BLOCK:
         h_BLD = torch.empty_like(b_BLD)
         _run(reverse, a_BLD, b_BLD, h_BLD)
