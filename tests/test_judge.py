@@ -17,7 +17,7 @@ from evenlight.stages.pixels import to_bytes, to_float
 from evenlight.stages.priors import judge, tone
 from evenlight.stages.priors.judge import STRENGTHS, Judge
 from evenlight.stages.priors.ladder import embed_ladder
-from evenlight.stages.priors.opinion import MOST_DARKENING, Opinion, decide
+from evenlight.stages.priors.opinion import MOST_DARKENING, Opinion, decide, regional_share
 from evenlight.stages.priors.tones import PERCENTILES, tones
 from evenlight.stages.settings import LadderSettings, PseudoGTSettings, Settings
 
@@ -85,6 +85,12 @@ def test_a_far_alternative_does_not_drag_the_answer():
     assert decide(Opinion(0.0, 0.7 * peak(0.5) + 0.3 * peak(-1.5)), 0.5) == pytest.approx(
         0.5, abs=0.03
     )
+
+
+def test_regions_do_not_differ_in_a_photo_that_is_all_but_surely_good():
+    shares = [regional_share(Opinion(p, peak(0.1)), 0.5) for p in (0.3, 0.6, 0.65, 0.7, 0.9)]
+    assert shares == pytest.approx([1, 1, 0.5, 0, 0])
+    assert regional_share(Opinion(0.9, peak(0.1)), 0.0) == 1  # no photo is taken for good
 
 
 @given(st.floats(0.01, 0.99), st.floats(-2, 2), st.floats(0.05, 0.8))

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from evenlight.cache.errors import UsageError
 from evenlight.stages.corrector.blocks import Fourier, SpatialMamba
-from evenlight.stages.corrector.correction import Correction, correct, lost
+from evenlight.stages.corrector.correction import KEPT, Correction, correct, lost
 from evenlight.stages.corrector.network import (
     MAX_OFFSET,
     MAX_RESIDUAL,
@@ -86,15 +86,18 @@ def test_fills_act_only_on_values_that_clipping_may_have_taken():
     assert bool(changed.any()) and torch.equal(changed, lost(photo) > 0)
 
 
-def test_a_whole_cover_shows_the_fill_s_colour_and_nothing_of_the_photo():
-    photo = torch.full((1, 3, 16, 16), 1.0)
-    photo[..., 8:] = 0.996
+def test_a_whole_cover_shows_the_fill_s_colour_and_some_of_the_curve_s_detail():
+    photo = torch.full((1, 3, 32, 32), 1.0)
+    photo[..., 16:] = 0.996
     t = torch.tensor([-1.0])
     colour = torch.tensor([-0.1, 0.0, 0.1]).view(1, 3, 1, 1).expand_as(photo)
-    fill = Correction(t, -1.0 + 0 * photo, torch.ones(1, 1, 16, 16), colour, 0 * photo)
+    fill = Correction(t, -1.0 + 0 * photo, torch.ones(1, 1, 32, 32), colour, 0 * photo)
     white = tone.apply("film", torch.ones(1), -1.0)
     output = correct(photo, fill, "film")
-    assert torch.allclose(output, white + colour, atol=1e-6)
+    away = output - white - colour
+    assert away[..., :9].abs().max() < 1e-6 and away[..., 23:].abs().max() < 1e-6  # no detail there
+    step, curve = (x[..., 15] - x[..., 16] for x in (output, tone.apply("film", photo, -1.0)))
+    assert torch.allclose(step / curve, torch.full_like(step, KEPT), atol=0.15)  # less its mean's
 
 
 def test_photos_that_are_not_darkened_are_not_filled():

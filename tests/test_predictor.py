@@ -79,13 +79,17 @@ def test_the_judge_decides_how_bright_the_output_is(strength, predictor, monkeyp
     assert float(luma(given).mean()) == pytest.approx(float(luma(wanted).mean()), abs=0.03)
 
 
-def test_regions_are_set_apart_as_far_as_the_judge_says(predictor, monkeypatch):
+@pytest.mark.parametrize(("p_good", "moves"), [(0.0, True), (0.695, False)])
+def test_regions_are_set_apart_as_far_as_the_judge_says_unless_the_photo_is_all_but_surely_good(
+    p_good, moves, predictor, monkeypatch
+):
     photo = dark(96, 128, 3)
     outputs = []
     for apart in (0.0, 0.5):
-        judged(monkeypatch, predictor, 0.0, 0.5, apart)
+        judged(monkeypatch, predictor, p_good, 0.5, apart)
         outputs.append(float(predictor.correct(photo).mean()))
-    assert outputs[1] > outputs[0] + 5
+    assert (outputs[1] > outputs[0] + 5) == moves
+    assert abs(outputs[1] - outputs[0]) < 1 or moves
 
 
 def test_strength_0_is_a_copy_of_every_bit_and_half_lies_between(predictor, monkeypatch):

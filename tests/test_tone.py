@@ -117,5 +117,5 @@ def test_a_table_is_the_curve_within_a_tenth_of_a_level(family):
     strengths = torch.linspace(-1.7, 1.3, 500)[:, None].expand_as(levels).contiguous()
     found = tone.Table(family, -1.7, 1.3).apply(levels, strengths)
     assert (found - tone.apply(family, levels, strengths)).abs().max() * 255 < 0.1
-    none = torch.zeros_like(levels)
-    assert torch.equal((tone.Table(family, -0.5, 0.5).apply(levels, none) * 255).round(), levels * 255)
+    unchanged = tone.Table(family, -0.5, 0.5).apply(levels, torch.zeros_like(levels))
+    assert torch.equal((unchanged * 255).round(), levels * 255)

@@ -23,7 +23,7 @@ from evenlight.stages.photos.visible import visible
 from evenlight.stages.pixels import resize
 from evenlight.stages.priors import tone
 from evenlight.stages.priors.ladder import embed_ladder, embed_photo, embed_regions
-from evenlight.stages.priors.opinion import FAMILY, Opinion, asked, decide
+from evenlight.stages.priors.opinion import FAMILY, Opinion, asked, decide, regional_share
 from evenlight.stages.priors.protocols import Embedder, Opinions, Segmenter
 from evenlight.stages.priors.pseudo_gt import by_region, choose
 from evenlight.stages.settings import Settings
@@ -80,8 +80,11 @@ class Predictor:
             return self._ask_network(photo_HW3, 0.0, None)
         seen = self._look(photo_HW3)
         opinion = self.judge.opinion(seen, self._offsets)
-        strength = decide(opinion, self.settings.judge.prior_good)
-        return self._ask_network(photo_HW3, strength, seen) if strength else None
+        prior_good = self.settings.judge.prior_good
+        strength = decide(opinion, prior_good)
+        if not strength:
+            return None
+        return self._ask_network(photo_HW3, strength, seen, regional_share(opinion, prior_good))
 
     def opinion(self, photo_HW3: np.ndarray) -> Opinion:
         """What the judge says.  photo: as in `predict`."""
@@ -117,11 +120,16 @@ class Predictor:
         return embed_ladder(photo_HW3, self.clip, ladder, self._offsets, self.xp)
 
     def _ask_network(
-        self, photo_HW3: np.ndarray, strength: float, seen: dict[str, np.ndarray] | None
+        self,
+        photo_HW3: np.ndarray,
+        strength: float,
+        seen: dict[str, np.ndarray] | None,
+        regional: float = 1.0,
     ) -> Maps:
         """What the network makes of the judge's strength, regions as far apart as the judge says.
 
-        seen: what the judge reads of the photo; None: it is not asked about regions.
+        seen: what the judge reads of the photo; None: it is not asked about regions.  regional: the
+        share of what it says of them.
         """
         regions = self.segmenter.segment(rule_corrected(photo_HW3, self.xp))
         features = (x[None].astype(np.float32) for x in (regions.proto, regions.p3))
@@ -131,7 +139,7 @@ class Predictor:
         if seen is not None:
             apart = self._apart(photo_HW3, regions.labels, seen, strength)
             apart = resize(apart, *inputs[0].shape[2:])
-            here = here._replace(strength_B3HW=here.strength_B3HW + apart)
+            here = here._replace(strength_B3HW=here.strength_B3HW + regional * apart)
         return fit_maps(inputs[0], here, self.settings.network.family)
 
     def _apart(

@@ -28,6 +28,7 @@ WIDTH = 0.4  # of the loss: beyond about twice of it an answer is wrong, not les
 # Probability of being good from which a photo stays as it is.  Between a half and this the answer
 # is moderate: fewer bad photos are left alone, and good ones hardly move.
 SURELY_GOOD = 0.7
+ALL_BUT_SURE = 0.1  # below it
 DECISIONS = np.linspace(-LIMIT, LIMIT, 441)
 LOSSES = 1 - np.exp(-((DECISIONS[:, None] - tones.STRENGTHS) ** 2) / (2 * WIDTH**2))
 
@@ -151,6 +152,13 @@ def decide(opinion: Opinion, prior_good: float) -> float:
         return 0.0
     expected = (1 - good) * (LOSSES @ opinion.p_S) + good * LOSSES[:, len(STRENGTHS) // 2]
     return float(DECISIONS[int(expected.argmin())])
+
+
+def regional_share(opinion: Opinion, prior_good: float) -> float:
+    """How far regions may differ from their photo: not at all where it is all but surely good, lest
+    a hundredth of doubt more changes a photo that would have stayed as it is."""
+    doubt = (SURELY_GOOD - opinion.good(prior_good)) / ALL_BUT_SURE
+    return min(1.0, max(0.0, doubt))
 
 
 def between(p_S: NDArray[np.float64]) -> float:
