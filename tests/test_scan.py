@@ -1,5 +1,9 @@
 """Every form of the scan equals the loop that defines it, forward and backward."""
 
+import importlib.util
+import json
+import os
+import subprocess
 import sys
 from types import ModuleType
 
@@ -8,15 +12,24 @@ import torch
 from torch import Tensor
 
 from evenlight.stages.corrector import scan as scans
-from evenlight.stages.corrector.scan import scan, scan_blocked, scan_doubling, scan_reference
+from evenlight.stages.corrector.scan import (
+    scan,
+    scan_blocked,
+    scan_doubling,
+    scan_reference,
+    scan_triton,
+)
 
 LENGTHS = [1, 2, 3, 5, 16, 17, 63, 144, 1000, 4096]
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # Triton is interpreted on a CPU: conftest
 
 
-def coefficients(length: int, dtype: torch.dtype, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+def coefficients(
+    length: int, dtype: torch.dtype, batch: int = 2, channels: int = 3
+) -> tuple[Tensor, Tensor, Tensor]:
     """a in (0, 1) as the network makes it (memory of 1 to 1000 tokens), b, upstream gradient."""
-    generator = torch.Generator().manual_seed(seed)
-    shape = (2, 3, length)
+    generator = torch.Generator().manual_seed(0)
+    shape = (batch, channels, length)
     steps = torch.exp(torch.empty(shape, dtype=torch.float64).uniform_(-7, 1, generator=generator))
     a = torch.exp(-steps)
     b = steps * torch.randn(shape, dtype=torch.float64, generator=generator)
@@ -101,6 +114,142 @@ def test_the_kernel_is_called_so_that_its_output_is_the_state(monkeypatch, rever
     scans._selective_scan.cache_clear()
 
 
-def test_the_choice_names_its_reason():
-    name, reason = scans.choose("cpu")
+@pytest.fixture
+def triton_scan(monkeypatch):
+    """The module, in programs of 2 channels and chunks of 16 tokens: interpreted values are dear."""
+    if importlib.util.find_spec("triton") is None:
+        pytest.skip("triton is not installed: it comes with torch on Linux alone")
+    from evenlight.stages.corrector import scan_triton as module
+
+    monkeypatch.setattr(module, "CHANNELS", 2)
+    monkeypatch.setattr(module, "CHUNK", 16)
+    return module
+
+
+def assert_triton_equals_the_loop(inputs: tuple[Tensor, ...], reverse: bool) -> None:
+    expected = run(scan_reference, *inputs, reverse=reverse)
+    got = run(
+        scan_triton, *(x.detach().to(DEVICE).requires_grad_() for x in inputs), reverse=reverse
+    )
+    for one, want in zip(got, expected, strict=True):
+        assert one.dtype == torch.float32 and one.shape == want.shape
+        assert relative_error(one.cpu(), want) <= 1e-5
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize(
+    ("length", "channels", "programs"),
+    [(1, 80, 1), (2, 32, 128), (15, 1, 128), (16, 5, 128), (17, 1, 1), (17, 3, 128)]
+    + [(33, 3, 1), (50, 2, 6), (1000, 1, 128), (1000, 1, 7)],
+)
+def test_the_triton_scan_equals_the_loop(
+    triton_scan, monkeypatch, reverse, length, channels, programs
+):
+    """programs: 1 has each run all tokens, 128 a chunk, others a span of several chunks."""
+    monkeypatch.setattr(triton_scan, "PROGRAMS", programs)
+    batch = 1 if length == 1000 else 2
+    inputs = coefficients(length, torch.float32, batch, channels)
+    assert_triton_equals_the_loop(inputs, reverse)
+
+
+def test_the_triton_scan_equals_the_loop_at_the_size_it_has(triton_scan, monkeypatch):
+    monkeypatch.undo()
+    inputs = coefficients(triton_scan.CHUNK + 1, torch.float32, 1, triton_scan.CHANNELS + 1)
+    assert_triton_equals_the_loop(inputs, reverse=False)
+
+
+def test_the_triton_scan_takes_any_strides(triton_scan):
+    a, b, g = (x.detach().to(DEVICE) for x in coefficients(20, torch.float32))
+    tokens_first = [x.mT.contiguous().mT.requires_grad_() for x in (a, b)]
+    tokens_last = [x.contiguous().requires_grad_() for x in (a, b)]
+    spread = torch.ones((), device=DEVICE).expand_as(g)  # the gradient of a sum: no strides at all
+    for upstream in (g, spread):
+        results = (run(scan_triton, *inputs, upstream) for inputs in (tokens_first, tokens_last))
+        assert all(map(torch.equal, *results))
+    h = scan_triton(*tokens_first)
+    assert h.mT.is_contiguous()  # as the network goes on
+
+
+@pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU of 48 GB")
+def test_the_triton_scan_takes_maps_of_more_than_two_billion_values():
+    if torch.cuda.mem_get_info()[0] < 48 << 30:
+        pytest.skip("needs 48 GB of GPU memory")
+    a = torch.full((3, 2**27, 8), 0.5, device=DEVICE).mT
+    h = scan_triton(a, torch.ones_like(a))
+    assert h[..., 0].eq(1).all() and h[..., 30:].eq(2).all()
+
+
+def test_what_triton_cannot_do_here_is_told(triton_scan, monkeypatch):
+    assert scans.triton_obstacle(torch.device(DEVICE)) == ""
+    monkeypatch.setattr(scans, "scan_triton", lambda a, b: scan_blocked(a, b) * 1.001)
+    assert "not those of the plain form" in scans.triton_obstacle(torch.device(DEVICE))
+
+    def fail(a, b):
+        raise RuntimeError("Failed to find C compiler.\nMore.")
+
+    monkeypatch.setattr(scans, "scan_triton", fail)
+    assert scans.triton_obstacle(torch.device(DEVICE)) == "RuntimeError: Failed to find C compiler."
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert scans.triton_obstacle(torch.device(DEVICE)) == "triton is not installed"
+
+
+def test_the_choice_names_its_reason(monkeypatch):
+    name, reason = scans.choose.__wrapped__("cpu")
     assert name == "blocked" and "CUDA" in reason
+    for installed, obstacle, runs, why in (
+        (True, "", "mamba_ssm", "mamba_ssm CUDA kernel is installed"),
+        (None, "", "triton", "mamba_ssm is not installed"),
+        (None, "no compiler", "blocked", "the Triton kernel cannot run: no compiler"),
+    ):
+        monkeypatch.setattr(importlib.util, "find_spec", lambda name, found=installed: found)
+        monkeypatch.setattr(scans, "triton_obstacle", lambda device, found=obstacle: found)
+        name, reason = scans.choose.__wrapped__("cuda")
+        assert name == runs and why in reason
+
+
+@pytest.mark.parametrize("form", ["blocked", "mamba_ssm", "triton"])
+def test_the_form_that_was_chosen_runs_in_float32_alone(monkeypatch, form):
+    monkeypatch.setattr(scans, "choose", lambda device: (form, ""))
+    monkeypatch.setitem(scans.FORMS, form, lambda a, b, reverse: f"{form} ran, reverse {reverse}")
+    a, b, _ = coefficients(4, torch.float32)
+    assert scan(a, b, reverse=True) == f"{form} ran, reverse True"
+    if form != "blocked":
+        assert scan(a.double(), b.double()).dtype == torch.float64
+
+
+COMPILED = """
+import json, sys
+import torch, triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime.jit import JITFunction
+
+class Driver:  # of a GPU that is not there
+    get_current_device = lambda self: 0
+    get_current_stream = lambda self, device: 0
+    get_current_target = lambda self: GPUTarget("cuda", int(sys.argv[1]), 32)
+
+triton.runtime.driver.set_active(Driver())
+made, compile_and_launch = [], JITFunction.run
+def compile_only(self, *args, **kwargs):
+    made.append(compile_and_launch(self, *args, **kwargs | {"warmup": True}))
+JITFunction.run = compile_only
+from evenlight.stages.corrector.scan_triton import CHUNK, states
+a, b = (torch.ones(1, CHUNK + 1, 16, requires_grad=True) for _ in range(2))
+states(a, b).backward(a)
+for kernel in made:
+    print(json.dumps([kernel.metadata.name, kernel.metadata.shared, kernel.asm["ttir"]]))
+"""
+
+
+def test_the_triton_kernels_compile_for_gpus_with_addresses_of_64_bits(triton_scan, tmp_path):
+    without = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, "-W", "error::UserWarning", "-c", COMPILED, "80"],
+        env=without | {"TRITON_CACHE_DIR": str(tmp_path)},
+        capture_output=True, text=True, check=True, cwd="/",
+    )  # fmt: skip
+    made = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [name for name, _, _ in made] == ["_ends", "_scan", "_scan"] * 2
+    assert max(shared for _, shared, _ in made) <= 64 << 10  # bytes, the least that a GPU has
+    addresses = [line for _, _, code in made for line in code.splitlines() if "tt.addptr" in line]
+    assert addresses and all(line.split("xi")[-1].startswith("64>") for line in addresses)
