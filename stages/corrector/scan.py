@@ -70,9 +70,9 @@ def _triton_is_right(device: torch.device) -> bool:
     from evenlight.stages.corrector.scan_triton import CHUNK
 
     shape = (1, CHUNK + 1, 16)
-    ramp_BDL = torch.linspace(0, 1, math.prod(shape), device=device).view(shape).mT
-    a, b = (0.5 + 0.49 * ramp_BDL).requires_grad_(), (1 - ramp_BDL).requires_grad_()
-    with torch.enable_grad():
+    with torch.inference_mode(False), torch.enable_grad():  # wherever the first scan is asked for
+        ramp_BDL = torch.linspace(0, 1, math.prod(shape), device=device).view(shape).mT
+        a, b = (0.5 + 0.49 * ramp_BDL).requires_grad_(), (1 - ramp_BDL).requires_grad_()
         got, want = (
             (h, *torch.autograd.grad((h * ramp_BDL).sum(), (a, b)))
             for h in (scan_triton(a, b), scan_blocked(a, b))
