@@ -306,8 +306,8 @@ MUTANTS = (
            "(run // blocks).to(tl.int64)", "(run // blocks)",
            "test_scan.py -k addresses_of_64_bits"),
     Mutant("the Triton scan writes no channel beyond its own", "stages/corrector/scan_triton.py",
-           "inside_S[:, None] & (channel_D < num_channels)[None, :]",
-           "inside_S[:, None] & (channel_D >= 0)[None, :]",
+           "tl.store(end + entry_D, state_D, mask=channel_D < num_channels)",
+           "tl.store(end + entry_D, state_D)",
            "test_scan.py -k triton_scan_equals_the_loop"),
     # Several ranks, and photos beyond memory
     Mutant("a rank's share is of the rows of all ranks", LOSSES,
