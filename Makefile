@@ -6,7 +6,7 @@ unexport PYTHONDONTWRITEBYTECODE  # else every process compiles torch anew: 6 s 
 # Waiting threads give way: spinning ones make a training step take 20 s for 1 on a busy machine.
 export OMP_WAIT_POLICY := PASSIVE
 
-.PHONY: demo test quick torture check site wheel clean
+.PHONY: demo test quick gpu torture check site wheel clean
 
 demo: $(VENV)/ready
 	$(BIN)/python -m evenlight.pipeline.demo demo-output
@@ -17,6 +17,10 @@ test: $(VENV)/ready
 
 quick: $(VENV)/ready  # while at work: all but the tests that take more than about ten seconds
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile -m 'not slow'
+
+gpu: $(VENV)/ready  # on a machine that has one: is the scan right on it, and how fast is it
+	$(BIN)/python -m pytest -q tests/test_scan.py
+	$(BIN)/python -m benchmarks.scan --device cuda
 
 torture: $(VENV)/ready  # hours: every fault with its full counts, and every safety removed once
 	$(BIN)/python -m benchmarks.torture

@@ -16,9 +16,9 @@ PRIORS = ("fastsam-n", "clip-lite0", "judge")  # weights that ship
 PACKAGES = (
     "torch", "torchvision", "ultralytics", "open_clip_torch", "timm", "zarr", "h5py", "dask",
     "numpy", "opencv-python", "pillow", "safetensors", "torchmetrics", "mamba-ssm", "onnxruntime",
-    "tensorboard", "boto3",
+    "tensorboard", "boto3", "triton",
 )  # fmt: skip
-OPTIONAL = ("mamba-ssm", "onnxruntime", "tensorboard", "boto3")
+OPTIONAL = ("mamba-ssm", "onnxruntime", "tensorboard", "boto3", "triton")
 
 ULTRALYTICS = "https://github.com/ultralytics/assets/releases/download/v8.4.0"
 HUGGING_FACE = "https://huggingface.co/timm/vit_base_patch32_clip_224.openai/resolve/main"

@@ -11,6 +11,8 @@ from toy_corrector import save_toy_corrector, toy_models
 
 from evenlight.pipeline import correct_photo
 
+if not torch.cuda.is_available():  # Triton, imported later, interprets its kernels on the CPU
+    os.environ["TRITON_INTERPRET"] = "1"
 torch.set_num_threads(1)  # threads waiting for each other cost more than they give on toy sizes
 hypothesis.settings.register_profile("busy machine", deadline=None)
 hypothesis.settings.load_profile("busy machine")

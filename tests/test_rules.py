@@ -26,6 +26,7 @@ IMPORTERS = {
     "ultralytics": {"stages/priors/fastsam.py"},
     "open_clip": {"stages/priors/open_clip_models.py"},
     "mamba_ssm": {"stages/corrector/scan.py"},
+    "triton": {"stages/corrector/scan_triton.py"},
     "safetensors": {
         "stages/corrector/checkpoint.py",
         "stages/priors/clip.py",
@@ -180,8 +181,8 @@ def test_a_local_store_imports_nothing_for_buckets():
 def test_correcting_imports_no_more_than_it_runs():
     code = (
         "import sys; from evenlight import load_predictor; load_predictor(); "
-        "print([m for m in ('torch._dynamo', 'torchvision', 'timm', 'open_clip', 'torchmetrics', "
-        "'skimage', 'zarr', 'dask') if m in sys.modules])"
+        "print([m for m in ('torch._dynamo', 'triton', 'torchvision', 'timm', 'open_clip', "
+        "'torchmetrics', 'skimage', 'zarr', 'dask') if m in sys.modules])"
     )
     assert run_python(code) == "[]"
 

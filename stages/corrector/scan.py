@@ -1,5 +1,5 @@
-"""The linear recurrence h_t = a_t h_(t-1) + b_t: definition, fast plain form, CUDA kernel, and
-the form that is exported.
+"""The linear recurrence h_t = a_t h_(t-1) + b_t: definition, fast plain form, kernels for GPUs
+(Triton's in `scan_triton.py`), and the form that is exported.
 
 `scan` chooses; every form equals `scan_reference`, forward and backward, in float32 or float64.
 """
@@ -9,6 +9,7 @@ the form that is exported.
 import functools
 import importlib.util
 import itertools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -30,18 +31,55 @@ def scan(a_BDL: Tensor, b_BDL: Tensor, reverse: bool = False) -> Tensor:
     if torch.compiler.is_exporting():
         return scan_doubling(a_BDL, b_BDL, reverse)
     with torch.autocast(a_BDL.device.type, enabled=False):
-        if dtype == torch.float32 and choose(a_BDL.device)[0] == "mamba_ssm":
-            return scan_mamba(a_BDL, b_BDL, reverse)
-        return scan_blocked(a_BDL, b_BDL, reverse)
+        form = choose(a_BDL.device)[0] if dtype == torch.float32 else "blocked"
+        return FORMS[form](a_BDL, b_BDL, reverse)
 
 
+@functools.cache
 def choose(device: torch.device | str) -> tuple[str, str]:
-    """Which form `scan` runs in float32 on this device, and why, for the log and `doctor`."""
-    if torch.device(device).type != "cuda":
-        return "blocked", "plain PyTorch: the mamba_ssm kernel needs a CUDA device"
-    if importlib.util.find_spec("mamba_ssm") is None:
-        return "blocked", "plain PyTorch: mamba_ssm is not installed (extra `mamba`)"
-    return "mamba_ssm", "the mamba_ssm CUDA kernel is installed"
+    """Which of `FORMS` `scan` runs in float32 on this device, and why, for the log and `doctor`."""
+    device = torch.device(device)
+    if device.type != "cuda":
+        return "blocked", "plain PyTorch: the kernels need a CUDA device"
+    if importlib.util.find_spec("mamba_ssm") is not None:
+        return "mamba_ssm", "the mamba_ssm CUDA kernel is installed"
+    missing = "mamba_ssm is not installed (extra `mamba`)"
+    obstacle = triton_obstacle(device)
+    if obstacle:
+        return "blocked", f"plain PyTorch: {missing}, and the Triton kernel cannot run: {obstacle}"
+    return "triton", f"the Triton kernel: {missing}"
+
+
+def triton_obstacle(device: torch.device) -> str:
+    """What keeps the Triton kernel from running on this device; "" if nothing does.
+
+    Driver, C compiler, Python's headers, a cache that can be written: only a trial tells.
+    """
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
+    try:
+        right = _triton_is_right(device)
+    except Exception as error:  # of whatever kind: it is told, and the plain form is as right
+        reason = (str(error).splitlines() or [""])[0]
+        return f"{type(error).__name__}: {reason}"
+    return "" if right else "its states or gradients are not those of the plain form"
+
+
+def _triton_is_right(device: torch.device) -> bool:
+    """States and gradients of a trial within 1e-5 of the plain form's, tokens in two spans."""
+    from evenlight.stages.corrector.scan_triton import CHUNK
+
+    shape = (1, CHUNK + 1, 16)
+    with torch.inference_mode(False), torch.enable_grad():  # wherever the first scan is asked for
+        ramp_BDL = torch.linspace(0, 1, math.prod(shape), device=device).view(shape).mT
+        a, b = (0.5 + 0.49 * ramp_BDL).requires_grad_(), (1 - ramp_BDL).requires_grad_()
+        got, want = (
+            (h, *torch.autograd.grad((h * ramp_BDL).sum(), (a, b)))
+            for h in (scan_triton(a, b), scan_blocked(a, b))
+        )
+    return all(
+        bool((x - y).abs().max() <= 1e-5 * y.abs().max()) for x, y in zip(got, want, strict=True)
+    )
 
 
 def scan_reference(a_BDL: Tensor, b_BDL: Tensor, reverse: bool = False) -> Tensor:
@@ -99,6 +137,16 @@ def _selective_scan() -> Callable[..., Tensor]:
     from mamba_ssm.ops.selective_scan_interface import selective_scan_fn
 
     return selective_scan_fn
+
+
+def scan_triton(a_BDL: Tensor, b_BDL: Tensor, reverse: bool = False) -> Tensor:
+    """As Triton kernels, in float32 on a GPU; B,L,D in memory saves a copy."""
+    from evenlight.stages.corrector.scan_triton import states  # brings triton with it
+
+    return states(a_BDL.mT, b_BDL.mT, reverse).mT
+
+
+FORMS = {"blocked": scan_blocked, "mamba_ssm": scan_mamba, "triton": scan_triton}
 
 
 class _Blocked(torch.autograd.Function):
