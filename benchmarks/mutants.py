@@ -309,6 +309,9 @@ MUTANTS = (
            "tl.store(end + entry_D, state_D, mask=channel_D < num_channels)",
            "tl.store(end + entry_D, state_D)",
            "test_scan.py -k triton_scan_equals_the_loop"),
+    Mutant("regions do not differ in a photo that is all but surely good",
+           "stages/priors/opinion.py", "    return min(1.0, max(0.0, doubt))", "    return 1.0",
+           "test_predictor.py -k all_but_surely_good"),
     # Several ranks, and photos beyond memory
     Mutant("a rank's share is of the rows of all ranks", LOSSES,
            "ranks.total(weight.sum()).clamp_min", "weight.sum().clamp_min",
