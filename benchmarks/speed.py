@@ -46,7 +46,11 @@ from evenlight.stages.settings import NetworkSettings
 
 SHIFTS = (-1.0, 0.0, 0.6)  # of the strength of `ev`
 MEGAPIXELS = (3000, 4000)  # the large photo
-FEW_MANY = (8, 40)  # photos of which the difference counts, start-up left out
+FEW_MANY = (8, 40)  # photos of which the difference counts: start-up, of all workers, left out
+FEW_A_UNIT = [
+    "--set",
+    "run.unit_size=4",
+]  # two units at least, and a worker has work from the start
 STEPS = 10  # of a training
 Row = dict[str, str | float]
 
@@ -170,8 +174,8 @@ def run_on(folder: Path, command: str, workers: int, count: int) -> tuple[float,
     for number in range(count):
         shifted = tone.on_bytes("ev", pictures[number % len(pictures)], number / 1000)
         (source / f"{number}.jpg").write_bytes(jpeg_bytes(shifted))
-    into = "-s" if command == "precompute" else "-o"
-    call = [sys.executable, "-m", "evenlight.cli", command, str(source), into, str(out)]
+    into = ["-s", str(out), *FEW_A_UNIT] if command == "precompute" else ["-o", str(out)]
+    call = [sys.executable, "-m", "evenlight.cli", command, str(source), *into]
     started = time.perf_counter()
     taken = child([*call, "--workers", str(workers)], OMP_NUM_THREADS="1")
     return taken, time.perf_counter() - started
