@@ -6,8 +6,8 @@
 One thread. Section onnx runs what `evenlight export` wrote into FOLDER (else it is made anew, in
 more than a minute) beside torch. Photos are those that installed packages ship, re-exposed, at a
 long side of 512. A row is the best of the repeats; `times` is its ratio to the first row of its
-section. mambapy takes part where it can be imported (pip install --no-deps --target FOLDER mambapy;
-PYTHONPATH=FOLDER).
+section. mambapy and accelerated-scan take part where they can be imported (pip install --no-deps
+--target FOLDER mambapy accelerated-scan; PYTHONPATH=FOLDER).
 """
 
 import argparse
@@ -17,6 +17,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
@@ -272,11 +273,15 @@ def peer_scans() -> dict[str, Callable]:
 
     generic = partial(associative_scan, joined, dim=2, combine_mode="generic")
     found: dict[str, Callable] = {"torch associative_scan": lambda a, b: generic((a, b))[1]}
-    try:
+    with suppress(ImportError):
         from mambapy.pscan import pscan
-    except ImportError:
-        return found
-    return found | {"mambapy": lambda a, b: pscan(a.mT[..., None], b.mT[..., None])}
+
+        found["mambapy"] = lambda a, b: pscan(a.mT[..., None], b.mT[..., None])
+    with suppress(ImportError):
+        from accelerated_scan.ref import scan as tree
+
+        found["accelerated-scan's reference"] = lambda a, b: tree(a.contiguous(), b.contiguous())
+    return found
 
 
 def measure_step(table: Table) -> None:
