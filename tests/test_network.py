@@ -219,16 +219,6 @@ def test_the_answer_depends_on_the_strength_of_the_judge():
     assert not torch.allclose(one.residual_B3HW, other.residual_B3HW, atol=1e-3)
 
 
-def test_a_scaled_correction_of_nothing_changes_nothing():
-    network = trained()
-    photo, proto, p3, t = inputs(32, 32)
-    correction = network(photo, proto, p3, t)
-    none, half, whole = (correct(photo, correction.scaled(s), "film") for s in (0, 0.5, 1))
-    assert float((none - photo).detach().abs().max()) < 2e-6
-    assert torch.equal(whole, correct(photo, correction, "film"))
-    assert float((half - photo).square().mean()) < float((whole - photo).square().mean())
-
-
 def test_bfloat16_autocast_keeps_the_output_finite_and_close():
     network = trained()
     photo, proto, p3, t = inputs(48, 48)

@@ -2,7 +2,7 @@
 
 # B batch, H W pixels of the photo
 
-from typing import NamedTuple, Self
+from typing import NamedTuple
 
 from evenlight.stages.arrays import Array, float32, namespace
 from evenlight.stages.pixels import box_mean, luma
@@ -29,10 +29,6 @@ class Correction(NamedTuple):
     shift_B3HW: Array  # noqa: N815
     # added at the end; within MAX_RESIDUAL (network.py) for the tone head
     residual_B3HW: Array  # noqa: N815
-
-    def scaled(self, share: float) -> Self:
-        """So much of it: 0 changes nothing."""
-        return type(self)(*(share * part for part in self))
 
 
 def lost(photo: Array) -> Array:
