@@ -48,10 +48,7 @@ from evenlight.stages.settings import NetworkSettings
 SHIFTS = (-1.0, 0.0, 0.6)  # of the strength of `ev`
 MEGAPIXELS = (3000, 4000)  # the large photo
 FEW_MANY = (8, 40)  # photos of which the difference counts: start-up, of all workers, left out
-FEW_A_UNIT = [
-    "--set",
-    "run.unit_size=4",
-]  # two units at least, and a worker has work from the start
+FEW_A_UNIT = ("--set", "run.unit_size=4")  # so that two workers have work from the start
 STEPS = 10  # of a training
 Row = dict[str, str | float]
 
