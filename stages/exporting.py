@@ -197,16 +197,17 @@ def _region_judge(judge: Judge, dim: int, regions: int) -> Export:
         return (judge.regions(*read).double().softmax(1),)
 
     def draw(regions: int, _: int) -> tuple[Tensor, ...]:
-        one, other = nn.functional.normalize(torch.randn(2, regions, dim), dim=-1)
-        tones, own = torch.rand(2, regions, NUM_TONES)
-        return one, other, tones, own, torch.randn(regions, 4)
+        embeddings = nn.functional.normalize(torch.randn(1 + regions, dim), dim=-1)
+        tones, numbers = torch.rand(1 + regions, 2 * NUM_TONES), torch.rand(1 + regions, 3)
+        seen = embeddings, tones, numbers
+        return (*(x[1:] for x in seen), *(x[0] for x in seen))
 
     most = max(2, regions)
     return Export(
         owner=judge.regions,
         call=answers,
         outputs=("p",),
-        shapes=({0: Dim("regions", min=1, max=most)},) * 5,
+        shapes=({0: Dim("regions", min=1, max=most)},) * 3 + ({},) * 3,
         draw=draw,
         most=most,
     )

@@ -16,9 +16,15 @@ from evenlight.stages.photos.canvas import working
 from evenlight.stages.pixels import to_bytes, to_float
 from evenlight.stages.priors import judge, tone
 from evenlight.stages.priors.judge import STRENGTHS, Judge
-from evenlight.stages.priors.ladder import embed_ladder
-from evenlight.stages.priors.opinion import MOST_DARKENING, Opinion, decide, regional_share
-from evenlight.stages.priors.tones import PERCENTILES, tones
+from evenlight.stages.priors.ladder import embed_ladder, embed_photo
+from evenlight.stages.priors.opinion import (
+    MOST_DARKENING,
+    Opinion,
+    decide,
+    regional_share,
+    regions_read,
+)
+from evenlight.stages.priors.tones import NUM_TONES, PERCENTILES, region_tones, tones
 from evenlight.stages.settings import LadderSettings, PseudoGTSettings, Settings
 
 OFFSETS = LadderSettings().offsets
@@ -64,6 +70,52 @@ def test_the_judge_reads_film_ladders_alone():
     Settings(
         ladder=LadderSettings(family="gamma"), pseudo_gt=PseudoGTSettings(search="grid")
     )  # preset paper
+
+
+def test_tones_after_a_strength_are_those_of_the_photo_that_was_given_it():
+    photo = np.tile(np.linspace(10, 200, 128).astype(np.uint8)[None, :, None], (96, 1, 3))
+    labels = np.repeat([[1, 2]], 96, 0).repeat(64, 1).astype(np.uint8)
+    cached = embed_photo(photo, labels, ToyClip(), LadderSettings())
+    _, seen, numbers, _, own, _ = regions_read(cached, OFFSETS, 0.8)
+    after = tone.on_bytes("film", photo, 0.8)
+    wanted = [tones(after), *region_tones(after, labels, [1, 2])]
+    levels = slice(NUM_TONES, NUM_TONES + len(PERCENTILES))
+    for found, meant in zip([own, *seen], wanted, strict=True):
+        assert np.abs(found[levels] - meant[: len(PERCENTILES)]).max() < 0.03
+    assert numbers[:, 2] == pytest.approx(seen[:, levels].mean(1) - own[levels].mean())
+
+
+@pytest.fixture(scope="module")
+def region_head():
+    """An untrained one, and what it reads of five regions of a photo."""
+    generator = torch.Generator().manual_seed(0)
+
+    def rows(*shape):
+        return torch.rand(*shape, generator=generator)
+
+    read = rows(5, 8), rows(5, 2 * NUM_TONES), rows(5, 3), rows(8), rows(2 * NUM_TONES), rows(3)
+    torch.manual_seed(0)
+    return judge.RegionHead(8).eval(), read
+
+
+@torch.no_grad()
+def test_regions_are_judged_beside_each_other(region_head):
+    head, (*of_regions, photo, photo_tones, photo_numbers) = region_head
+    whole = photo, photo_tones, photo_numbers
+    answers = head(*of_regions, *whole)
+    order = torch.tensor([3, 0, 4, 1, 2])
+    assert torch.allclose(head(*(x[order] for x in of_regions), *whole), answers[order], atol=1e-5)
+    fewer = head(*(x[:4] for x in of_regions), *whole)
+    assert (fewer - answers[:4]).abs().max() > 1e-3
+
+
+@torch.no_grad()
+def test_a_region_without_area_is_none(region_head):
+    head, (embeddings, tones_R2T, numbers, *whole) = region_head
+    numbers = numbers * torch.tensor([[1.0], [1], [1], [0], [1]])
+    present = torch.tensor([0, 1, 2, 4])
+    alone = head(*(x[present] for x in (embeddings, tones_R2T, numbers)), *whole)
+    assert torch.allclose(head(embeddings, tones_R2T, numbers, *whole)[present], alone, atol=1e-5)
 
 
 # How it decides

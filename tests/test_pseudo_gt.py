@@ -6,15 +6,16 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
-from toys import ToyClip, ToyJudge, ToySegmenter
+from toys import ToyClip, ToyJudge, ToySegmenter, peak
 
 from evenlight.pipeline import config
 from evenlight.stages.pixels import luma, resize, to_bytes, to_float
 from evenlight.stages.priors import pseudo_gt, region_strengths, tone
 from evenlight.stages.priors.ladder import embed_photo, largest_regions, region_crop
+from evenlight.stages.priors.opinion import Opinion
 from evenlight.stages.priors.scores import candidate_score
 from evenlight.stages.priors.tones import tones as tones_of
-from evenlight.stages.settings import PseudoGTSettings, Settings
+from evenlight.stages.settings import LadderSettings, PseudoGTSettings, Settings
 
 SETTINGS = Settings()
 LADDER = SETTINGS.ladder
@@ -78,6 +79,30 @@ def test_regions_get_strengths_of_their_own():
     by_label = dict(zip(cached["region_labels"], result["region_strengths"], strict=True))
     assert by_label[1] > by_label[2] + 0.2
     assert result["t_map"][:, :20].mean() > result["t_map"][:, -20:].mean() + 0.2
+
+
+def test_what_is_in_no_embedded_region_moves_as_the_others_do_on_average():
+    few = Settings(ladder=LadderSettings(regions=2))
+    both, labels, _ = halves()
+    labels[:, 160:200] = 3  # the smallest
+    cached = embed_photo(both, labels, ToyClip(), few.ladder)
+    assert cached["region_labels"].tolist() == [1, 2]
+    chosen, t_map = pseudo_gt.by_region(both, labels, cached, ToyJudge(), few, -0.2)
+    apart = np.average(chosen, weights=cached["region_areas"])
+    moved = apart + 0.2
+    assert abs(moved) > 0.3 < np.ptp(chosen)
+    assert t_map[0, 0, :, 43:47].numpy() == pytest.approx(apart, abs=0.3 * abs(moved))
+
+
+def test_regions_of_a_photo_that_is_all_but_surely_good_lie_closer_together(monkeypatch):
+    both, labels, cached = halves()
+    spreads = []
+    for p_good in (0.5, 0.65):
+        monkeypatch.setattr(ToyJudge, "opinion", lambda *_, p=p_good: Opinion(p, peak(0.6)))
+        result = pseudo_gt.choose(both, labels, cached, ToyJudge(), SETTINGS)
+        assert result["strength"] > 0
+        spreads.append(np.ptp(result["region_strengths"][:2]))
+    assert 0.1 < spreads[1] < 0.7 * spreads[0]
 
 
 def test_no_region_passes_the_largest_strength():

@@ -88,16 +88,21 @@ def label_maps(natural: list[Natural], folder: Path) -> NDArray[np.uint8]:
 
 
 def brackets(root: Path, split: str) -> list[Bracket]:
-    """Real brackets for "heads" or "choose": every fifth scene is held out for the latter, the
-    scored ones are left out.  The tower sees none: there are too few not to be known by heart."""
-    found = []
-    for index, folder in enumerate(scene_folders(root)):
-        held = index % HOLD_OUT == HOLD_OUT - 1
-        if folder.name not in SCORED_SCENES and held == (split == "choose"):
-            bracket = read_bracket(folder)
-            if bracket is not None:
-                found.append(bracket)
-    return found
+    """Real brackets of a split (`scenes`).  The tower sees none: there are too few not to be known
+    by heart."""
+    found = (read_bracket(folder) for folder in scenes(root, split))
+    return [bracket for bracket in found if bracket is not None]
+
+
+def scenes(root: Path, split: str) -> list[Path]:
+    """Scenes for "heads" or "choose": every fifth is held out for the latter, the scored ones are
+    left out."""
+    return [
+        folder
+        for index, folder in enumerate(scene_folders(root))
+        if folder.name not in SCORED_SCENES
+        and (index % HOLD_OUT == HOLD_OUT - 1) == (split == "choose")
+    ]
 
 
 def scene_folders(root: Path) -> list[Path]:

@@ -5,14 +5,16 @@
 
 --natural: ordinary photos, taken to be as their makers meant them.  --brackets: one sub-folder of
 frames per scene.  --start: what recipes.clip_lite0 made.  --out: work and results: clip-lite0
-.safetensors and .json, judge.safetensors.  Which photos are seen is told by their names
-(photos.split_of).  Stopped at any moment, the same command goes on.
+.safetensors and .json, judge.safetensors.  --photo-heads: a judge.safetensors whose heads for
+photos are kept, so that those for regions alone are trained.  Which photos are seen is told by
+their names (photos.split_of).  Stopped at any moment, the same command goes on.
 """
 
 import argparse
 import dataclasses
 import math
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import cv2
@@ -23,13 +25,17 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from evenlight.stages.priors.clip import Clip, load_clip
-from evenlight.stages.settings import ClipSettings
+from evenlight.stages.priors.fastsam import load_segmenter
+from evenlight.stages.priors.judge import Head
+from evenlight.stages.settings import ClipSettings, RegionSettings
 from recipes.clip_lite0 import captions
 from recipes.clip_lite0 import losses as clip_losses
+from recipes.clip_lite0 import photos as clip_photos
 from recipes.clip_lite0.model import VOCABULARY, export, normalised
-from recipes.judge import camera, heads, photos, tower
+from recipes.judge import camera, heads, photos, regions, tower
 
-PHOTO_CHUNKS, REGION_CHUNKS = 24, 16  # of heads.CHUNK draws
+PHOTO_CHUNKS, UNEVEN_CHUNKS = 24, 45  # of CHUNK draws
+SCENE_CHUNKS = 5  # of every frame once
 
 
 def main() -> None:
@@ -38,6 +44,7 @@ def main() -> None:
     parser.add_argument("--brackets", type=Path, required=True)
     parser.add_argument("--start", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--photo-heads", type=Path)
     parser.add_argument("--steps", type=int, default=1000)
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
@@ -45,10 +52,46 @@ def main() -> None:
     cv2.setNumThreads(1)
     arguments.out.mkdir(parents=True, exist_ok=True)
     clip = fine_tuned(arguments)
+    uneven, scenes = region_rows(arguments, clip)
+    known = torch.tensor(list(bytes.fromhex(clip.fingerprint)), dtype=torch.uint8)
+    tensors = {"clip": known}
+    for prefix, photo_head in photo_heads(arguments, clip).items():
+        region_head = regions.trained(uneven, scenes, photo_head, arguments.seed)
+        for name, head in (("photo", photo_head), ("regions", region_head)):
+            state = head.state_dict()
+            tensors |= {f"{prefix}.{name}.{key}": x.half() for key, x in state.items()}
+    save_file(tensors, arguments.out / "judge.safetensors")
+
+
+def photo_heads(arguments: argparse.Namespace, clip: Clip) -> dict[str, Head]:
+    """One that reads this CLIP, one that reads tones alone, by the names that they ship under."""
+    dims = {"clip": clip.dim, "tones": 0}
+    if arguments.photo_heads:
+        made = load_file(arguments.photo_heads)
+        found = {name: Head(dim) for name, dim in dims.items()}
+        for name, head in found.items():
+            start = f"{name}.photo."
+            head.load_state_dict(
+                {k[len(start) :]: x for k, x in made.items() if k.startswith(start)}
+            )
+        return found
     data = dataclasses.replace(load(arguments, "heads"), staged=heads.STAGED)
-    photo = drawn(arguments, "photos", heads.photo_rows, PHOTO_CHUNKS, data, clip)
-    region = drawn(arguments, "regions", heads.all_region_rows, REGION_CHUNKS, data, clip)
-    save(arguments.out / "judge.safetensors", clip, photo, region, seed=arguments.seed)
+    rows = drawn(arguments, "photos", PHOTO_CHUNKS, partial(heads.photo_rows, data, clip))
+    return {name: heads.trained(rows, dim, arguments.seed) for name, dim in dims.items()}
+
+
+def region_rows(
+    arguments: argparse.Namespace, clip: Clip
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Of uneven shots, and of frames of brackets."""
+    models = regions.Models(load_segmenter(RegionSettings(), "cpu"), clip)
+    files = (path for folder in arguments.natural for path in clip_photos.image_files(folder))
+    paths = [path for path in files if photos.split_of(path.name) in ("tower", "heads")]
+    scenes = photos.scenes(arguments.brackets, "heads")
+    return (
+        drawn(arguments, "uneven", UNEVEN_CHUNKS, partial(regions.natural_rows, paths, models)),
+        drawn(arguments, "scenes", SCENE_CHUNKS, partial(regions.bracket_rows, scenes, models)),
+    )
 
 
 def load(arguments: argparse.Namespace, split: str) -> tower.Data:
@@ -90,34 +133,19 @@ def fit_temperature(model: nn.Module, samples: list[tower.Sample]) -> None:
 def drawn(
     arguments: argparse.Namespace,
     name: str,
-    rows: Callable[[tower.Data, Clip, int, int], dict[str, Tensor]],
     chunks: int,
-    data: tower.Data,
-    clip: Clip,
+    rows: Callable[[int, int], dict[str, Tensor]],
 ) -> dict[str, Tensor]:
-    """All rows of a kind, each chunk kept in a file once it is made."""
+    """All rows of a kind, each chunk kept in a file once it is made.  rows: of a seed and chunk."""
     found = []
     for chunk in range(chunks):
         path = arguments.out / f"{name}-{chunk}.safetensors"
         if not path.is_file():
-            made = rows(data, clip, arguments.seed, chunk)
+            made = rows(arguments.seed, chunk)
             save_file({k: v.contiguous() for k, v in made.items()}, f"{path}.partial")
             Path(f"{path}.partial").replace(path)
         found.append(load_file(path))
     return {key: torch.cat([one[key] for one in found]) for key in found[0]}
-
-
-def save(
-    path: Path, clip: Clip, photo: dict[str, Tensor], region: dict[str, Tensor], *, seed: int
-) -> None:
-    """The file that ships: heads that read this CLIP, heads that read tones alone, in float16."""
-    known = torch.tensor(list(bytes.fromhex(clip.fingerprint)), dtype=torch.uint8)
-    tensors = {"clip": known}
-    for prefix, dim in (("clip", clip.dim), ("tones", 0)):
-        state = heads.heads(photo, region, dim, seed)
-        tensors |= {f"{prefix}.{name}": tensor.half() for name, tensor in state.items()}
-    save_file(tensors, path)
-    print(f"wrote {path}")
 
 
 if __name__ == "__main__":

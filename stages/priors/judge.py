@@ -40,6 +40,8 @@ from evenlight.stages.weights import shipped
 
 STRENGTHS = torch.from_numpy(opinion.STRENGTHS)
 HIDDEN, DROPOUT = 96, 0.4
+REGION_HIDDEN, REGION_LAYERS = 128, 2
+REGION_NUMBERS = 3  # beside embeddings and tones, of a region and of its photo
 
 
 class Asked(nn.Module):
@@ -122,26 +124,48 @@ def shifted(missing: Tensor, given: Tensor) -> Tensor:
 
 
 class RegionHead(nn.Module):
-    """From a region and its photo, to logits of the strength between them."""
+    """From the regions of a photo to logits of the strength between each and the photo.
+
+    They are looked at together, since an object is too dark or too bright beside others: each layer
+    sees a region and the mean of all by area (Zaheer et al., "Deep Sets", 2017).
+    """
 
     def __init__(self, dim: int) -> None:
         super().__init__()
         self.dim = dim
-        self.seen = nn.Linear(2 * dim + 2 * NUM_TONES + 4, HIDDEN)
-        self.hidden = nn.Linear(HIDDEN, HIDDEN)
-        self.answer = nn.Linear(HIDDEN, len(STRENGTHS))
-        self.drop = nn.Dropout(DROPOUT)
+        seen = dim + 2 * NUM_TONES + REGION_NUMBERS
+        self.region = nn.Linear(seen, REGION_HIDDEN)
+        self.photo = nn.Linear(seen, REGION_HIDDEN)
+        self.norms = nn.ModuleList(nn.LayerNorm(REGION_HIDDEN) for _ in range(REGION_LAYERS))
+        self.layers = nn.ModuleList(
+            nn.Linear(2 * REGION_HIDDEN, REGION_HIDDEN) for _ in range(REGION_LAYERS)
+        )
+        self.answer = nn.Linear(REGION_HIDDEN, len(STRENGTHS))
+        self.drop, self.drop_hidden = nn.Dropout(DROPOUT), nn.Dropout(DROPOUT / 2)
 
     def forward(
-        self, region: Tensor, photo: Tensor, tones: Tensor, tones_photo: Tensor, numbers: Tensor
+        self,
+        embeddings: Tensor,
+        tones: Tensor,
+        numbers: Tensor,
+        photo: Tensor,
+        photo_tones: Tensor,
+        photo_numbers: Tensor,
     ) -> Tensor:
-        """region, photo: embeddings under the mean-luma rule of the photo.  tones: of both as they
-        are.  numbers: the photo's strength, the rule's, their difference, the region's area share.
-        All with the same leading axes."""
-        scaled = [4 * x[..., : self.dim] for x in (region, photo)]
-        x = torch.cat([*scaled, 2 * (tones - 0.4), 2 * (tones_photo - 0.4), numbers], -1)
-        x = F.gelu(self.seen(self.drop(x)))
-        return self.answer(F.gelu(self.hidden(self.drop(x))))
+        """As `regions_read` gives them, with the same leading axes; a region of area 0 is none."""
+        own = self.region(self._input(embeddings, tones, numbers))
+        whole = self.photo(self._input(photo, photo_tones, photo_numbers))
+        x = F.gelu(own + whole[..., None, :])
+        share = numbers[..., :1] / numbers[..., :1].sum(-2, keepdim=True)
+        for norm, layer in zip(self.norms, self.layers, strict=True):
+            here = norm(x)
+            around = (share * here).sum(-2, keepdim=True).expand_as(here)
+            x = x + F.gelu(layer(self.drop_hidden(torch.cat([here, around], -1))))
+        return self.answer(x)
+
+    def _input(self, embeddings: Tensor, tones: Tensor, numbers: Tensor) -> Tensor:
+        parts = [4 * embeddings[..., : self.dim], 2 * (tones - 0.4), numbers]
+        return self.drop(torch.cat(parts, -1))
 
 
 class Judge:
@@ -157,7 +181,7 @@ class Judge:
         self.prompts = Scorer.from_tensors(_of("prompts.", self.tensors))
         photo, regions = _of("photo.", self.tensors), _of("regions.", self.tensors)
         self.dim = photo["photo.seen.weight"].shape[1] - 2 * NUM_TONES - 3
-        dim_regions = (regions["seen.weight"].shape[1] - 2 * NUM_TONES - 4) // 2
+        dim_regions = regions["region.weight"].shape[1] - 2 * NUM_TONES - REGION_NUMBERS
         self.head, self.regions = Head(self.dim).eval(), RegionHead(dim_regions).eval()
         for module, own in ((self.head, photo), (self.regions, regions)):
             module.load_state_dict(own)

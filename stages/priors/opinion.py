@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from evenlight.stages.priors import tones
+from evenlight.stages.priors import tone, tones
 from evenlight.stages.priors.tones import PERCENTILES
 
 FAMILY = "film"
@@ -91,18 +91,32 @@ def photo_read(
 def regions_read(
     cached: Mapping[str, Any], offsets: Sequence[float], strength: float
 ) -> tuple[NDArray[np.float32], ...]:
-    """What heads read of the regions embedded, of a photo that is given `strength`: embeddings of
-    each and of the photo R,D, tones of both R,T, and four numbers R,4."""
+    """What a head reads of the regions embedded, and of their photo, which is given `strength`.
+
+    Of the regions: embeddings R,D; tones R,2T; area, its root, and how much lighter than the photo
+    R,3.  Of the photo: embedding D, tones 2T, three strengths 3.
+    """
     count = int((cached["region_labels"] > 0).sum())
-    rule = float(cached["rule_strength"])
-    photo, own_tones = cached["clip_ladder"][list(offsets).index(0.0)], cached["tones"][0]
+    rule, areas = float(cached["rule_strength"]), cached["region_areas"][:count]
+    tones_R2T = _before_and_after(cached["region_tones"][:count], strength)
+    own_2T = _before_and_after(cached["tones"][0], strength)
+    after = slice(tones.NUM_TONES, tones.NUM_TONES + len(PERCENTILES))
+    lighter = tones_R2T[:, after].mean(1) - own_2T[after].mean()
     return _float32(
         cached["clip_regions"][:count],
-        np.tile(photo, (count, 1)),
-        cached["region_tones"][:count],
-        np.tile(own_tones, (count, 1)),
-        [[strength, rule, rule - strength, area] for area in cached["region_areas"][:count]],
+        tones_R2T,
+        np.stack([areas, np.sqrt(areas), lighter], 1),
+        cached["clip_ladder"][list(offsets).index(0.0)],
+        own_2T,
+        [strength, rule, rule - strength],
     )
+
+
+def _before_and_after(tones_T: NDArray[np.float32], strength: float) -> NDArray[np.float32]:
+    """Tones as they are, then as the curve leaves them, means and shares as they are.  ...,2T."""
+    levels = 3 * len(PERCENTILES)
+    moved = tone.apply(FAMILY, tones_T[..., :levels], strength)
+    return np.concatenate([tones_T, moved, tones_T[..., levels:]], -1)
 
 
 def _float32(*values: Any) -> tuple[NDArray[np.float32], ...]:

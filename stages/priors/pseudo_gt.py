@@ -43,7 +43,7 @@ def choose(
     """
     ladder, wanted = settings.ladder, settings.pseudo_gt
     scores = _logits(judge, cached["clip_ladder"])
-    p_good, judged = 0.0, np.zeros(len(judging.STRENGTHS))
+    p_good, judged, regional = 0.0, np.zeros(len(judging.STRENGTHS)), 1.0
     if wanted.search == "grid":
         photo_logits = _logits(judge, cached["clip_photo"][None])[0]
         strengths = float(cached["rule_strength"]) + np.array(ladder.offsets)
@@ -54,10 +54,12 @@ def choose(
         p_good, judged = opinion.p_good, opinion.p_S
         start = judging.decide(opinion, settings.judge.prior_good)
         certainty = opinion.certainty(start, settings.judge.prior_good)
+        regional = judging.regional_share(opinion, settings.judge.prior_good)
     start = float(np.clip(start, -wanted.max_strength, wanted.max_strength))
 
     if wanted.search == "judge" and start != 0.0:
-        chosen, t_map = by_region(photo_HW3, labels_HW, cached, judge, settings, start)
+        whole = by_region(photo_HW3, labels_HW, cached, judge, settings, start)
+        chosen, t_map = (start + regional * (x - start) for x in whole)
     else:
         chosen, t_map = _everywhere(photo_HW3, cached, start)
     confidence = certainty * _unclipped_weight(photo_HW3, *t_map.shape[2:])
@@ -84,7 +86,8 @@ def by_region(
 ) -> tuple[np.ndarray, Array]:
     """Strengths of the embedded regions (R) and, at 1/4 size, of every pixel (1,1,h,w float32).
 
-    Arguments as `choose`.  start: the photo's strength, which stands where no region is embedded.
+    Arguments as `choose`.  start: the photo's strength.  What is in no embedded region moves as all
+    of them do on average.
     xp: whose array the map is: numpy's, or torch's (None).
     """
     chosen, t_map = _everywhere(photo_HW3, cached, start, xp)
@@ -94,7 +97,8 @@ def by_region(
     family, most = settings.ladder.family, settings.pseudo_gt.max_strength
     p_RS = judge.region_opinions(cached, settings.ladder.offsets, start)
     chosen[:count] = region_strengths(cached["region_tones"][:count], p_RS, start, family, most)
-    strength_of = np.full(256, start, np.float32)  # label -> strength
+    rest = np.average(chosen[:count], weights=cached["region_areas"][:count])
+    strength_of = np.full(256, rest, np.float32)  # label -> strength
     strength_of[cached["region_labels"][:count]] = chosen[:count]
     return chosen, _smooth(strength_of[labels_HW], photo_HW3, start, family, xp)
 
