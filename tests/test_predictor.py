@@ -89,7 +89,7 @@ def test_regions_are_set_apart_as_far_as_the_judge_says_unless_the_photo_is_all_
         judged(monkeypatch, predictor, p_good, 0.5, apart)
         outputs.append(float(predictor.correct(photo).mean()))
     assert (outputs[1] > outputs[0] + 5) == moves
-    assert abs(outputs[1] - outputs[0]) < 1 or moves
+    assert abs(outputs[1] - outputs[0]) < 2 or moves
 
 
 def test_strength_0_is_a_copy_of_every_bit_and_half_lies_between(predictor, monkeypatch):

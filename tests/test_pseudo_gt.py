@@ -91,7 +91,7 @@ def test_what_is_in_no_embedded_region_moves_as_the_others_do_on_average():
     apart = np.average(chosen, weights=cached["region_areas"])
     moved = apart + 0.2
     assert abs(moved) > 0.3 < np.ptp(chosen)
-    assert t_map[0, 0, :, 43:47].numpy() == pytest.approx(apart, abs=0.3 * abs(moved))
+    assert t_map[0, 0, :, 43:47].numpy() == pytest.approx(apart, abs=0.3 * abs(float(moved)))
 
 
 def test_regions_of_a_photo_that_is_all_but_surely_good_lie_closer_together(monkeypatch):
