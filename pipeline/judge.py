@@ -16,6 +16,7 @@ from evenlight.pipeline.models import read_judge
 from evenlight.pipeline.parts import JUDGE, NEW_JUDGE, TUNING, AboutJudge, judge_note
 from evenlight.stages.priors import judge_tuning, prompts
 from evenlight.stages.priors.clip import load_clip
+from evenlight.stages.priors.fingerprints import of_judge
 from evenlight.stages.priors.judge import Judge
 from evenlight.stages.priors.protocols import ClipModel
 from evenlight.stages.settings import Settings
@@ -72,23 +73,23 @@ def store_judge(store: Store, clip: ClipModel | None) -> Judge:
     Raises StoreError where the judge is damaged, or missing though pseudo-GT was made by it, or
     where there is none and no clip to choose one for.
     """
+    if clip is not None:
+        note = _note(store)
+        if note is None or not note[0].tuned or note[0].clip != clip.fingerprint:
+            return Judge.shipped(clip)
     found = noted(store)
-    if found is not None:
-        about, judge = found
-        if clip is None or (about.clip == clip.fingerprint and about.tuned):
-            return judge
-    if clip is None:
+    if found is None:
         raise StoreError(
             f"store {store.path} has no judge: run 'evenlight precompute' to give it one"
         )
-    return Judge.shipped(clip)
+    return found
 
 
 def keep_judge(store: Store, judge: Judge, clip: ClipModel) -> None:
     """Put what `store_judge` chose in force, and tell of a tuned one that gives way."""
-    found = noted(store)
-    if found is None or found[1].fingerprint != judge.fingerprint:
-        if found is not None and found[0].tuned:
+    note = _note(store)
+    if note is None or of_judge(note[1]) != judge.fingerprint:
+        if note is not None and note[0].tuned:
             log.warning(
                 "the judge of store %s was tuned for another CLIP: the one that ships takes its "
                 "place ('evenlight tune-clip' tunes it)",
@@ -136,17 +137,25 @@ def write_judge(store: Store, judge: Judge, clip: ClipModel, *, tuned: bool) -> 
     store.write_note(JUDGE, {"clip": clip.fingerprint, "tuned": tuned, **tensors})
 
 
-def noted(store: Store) -> tuple[AboutJudge, Judge] | None:
+def noted(store: Store) -> Judge | None:
     """The judge that a store holds, if any.  Raises StoreError where it is damaged or none."""
-    note = store.note(JUDGE)
+    note = _note(store)
     if note is None:
         return None
-    where = f"the judge of store {store.path}"
-    about, tensors = judge_note(note, where)
     try:
-        return about, read_judge(tensors, where)
+        return read_judge(note[1], _where(store))
     except StoreError as error:
         raise StoreError(f"{error}: {NEW_JUDGE}") from error
+
+
+def _note(store: Store) -> tuple[AboutJudge, dict[str, np.ndarray]] | None:
+    """What a store says of its judge, if it holds one, and its tensors as they lie there."""
+    note = store.note(JUDGE)
+    return None if note is None else judge_note(note, _where(store))
+
+
+def _where(store: Store) -> str:
+    return f"the judge of store {store.path}"
 
 
 def _tuning_rows(store: Store) -> dict[str, np.ndarray]:

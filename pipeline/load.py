@@ -63,7 +63,12 @@ def load_predictor(
     complete = config.of_training(folder, about.settings, settings, OPEN_SETTINGS)
     models = load_models(complete)
     tensors = {key.removeprefix("judge."): value for key, value in extra.items()}
-    judge = read_judge(tensors, f"the judge of corrector {folder}")
+    try:
+        judge = read_judge(tensors, f"the judge of corrector {folder}")
+    except StoreError as error:
+        raise StoreError(
+            f"{error}: train again; --set train.start={folder} goes on from its weights"
+        ) from error
     found = priors_of(models, judge.fingerprint)
     for prior, wanted in vars(about.priors).items():
         if found[prior] != wanted:

@@ -72,7 +72,9 @@ def read_judge(tensors: Mapping[str, Any], where: str) -> "Judge":
     try:
         judge = Judge({name: torch.as_tensor(x).float() for name, x in tensors.items()})
         assert all(bool(x.isfinite().all()) for x in judge.tensors.values()), "NaN or infinity"
-    except (LookupError, TypeError, ValueError, RuntimeError, AssertionError) as error:
+    except LookupError as error:
+        raise StoreError(f"{where} is of another version of evenlight (no {error})") from error
+    except (TypeError, ValueError, RuntimeError, AssertionError) as error:
         raise StoreError(f"{where} cannot be used ({one_line(error)})") from error
     return judge
 
