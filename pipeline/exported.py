@@ -16,7 +16,7 @@ from evenlight.pipeline.outputs import CARDS
 from evenlight.stages.corrector.predictor import Predictor
 
 CARD = CARDS["onnx"]
-FORMAT = 1
+FORMAT = 2  # 1: regions were judged one by one
 GRAPHS = {"corrector", "segmenter", "clip", "judge", "judge-regions"}
 OPEN_SETTINGS = ("run.device", "photo.max_megapixels", "judge.prior_good")  # as load.OPEN_SETTINGS
 

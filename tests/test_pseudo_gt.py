@@ -133,12 +133,24 @@ def test_regions_keep_their_order_of_brightness(wanted, seed):
     patches = [np.full((8, 8, 3), level, np.uint8) for level in rng.integers(12, 240, len(wanted))]
     tones = np.stack([tones_of(patch) for patch in patches])
     kept = region_strengths.keep_order(np.array(wanted), 0.3, tones, "film")
-    before = region_strengths.mean_luma(tones, np.zeros(len(wanted)), "film")
+    before = region_strengths.mean_luma(tones, np.full(len(wanted), 0.3), "film")
     after = region_strengths.mean_luma(tones, kept, "film")
     for i in range(len(wanted)):
         for j in range(len(wanted)):
             if before[i] - before[j] > region_strengths.ORDER_MARGIN:
                 assert after[i] >= after[j]
+
+
+def test_regions_move_though_others_change_places_at_the_strength_of_the_photo():
+    contrasty, flat = np.zeros((8, 8, 3), np.uint8), np.full((8, 8, 3), 76, np.uint8)
+    contrasty[:, :3] = 255
+    patches = [contrasty, flat, np.full((8, 8, 3), 20, np.uint8)]
+    tones = np.stack([tones_of(patch) for patch in patches])
+    start, margin = 1.2, region_strengths.ORDER_MARGIN
+    was, now = (region_strengths.mean_luma(tones, np.full(3, t), "film") for t in (0.0, start))
+    assert was[0] > was[1] + margin and now[1] > now[0] + margin  # alone by the curve
+    wanted = np.array([start, start, start + 0.3])
+    assert region_strengths.keep_order(wanted, start, tones, "film").tolist() == wanted.tolist()
 
 
 def test_mean_luma_from_tones_is_that_of_the_pixels():

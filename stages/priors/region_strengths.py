@@ -32,12 +32,13 @@ def region_strengths(
 def keep_order(
     strengths: np.ndarray, start: float, tones_RT: np.ndarray, family: str
 ) -> np.ndarray:
-    """Pull regions back towards `start` by halves until none overtakes a brighter one.
+    """Pull regions back towards `start` by halves until none overtakes one that is brighter there.
 
-    strengths: R.  Pairs whose mean luma differs by less than ORDER_MARGIN are free.
+    strengths: R.  Pairs whose mean luma differs by less than ORDER_MARGIN are free.  Beside others
+    a region may be brighter as it is and darker at `start`: means do not keep their order.
     """
     kept = strengths.copy()
-    before = mean_luma(tones_RT, np.zeros(len(kept)), family)
+    before = mean_luma(tones_RT, np.full(len(kept), start), family)
     order = np.argsort(-before)
     for _ in range(HALVINGS):
         after = mean_luma(tones_RT, kept, family)
