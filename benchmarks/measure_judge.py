@@ -4,9 +4,9 @@
 
 --paired: sets with references (as `evenlight evaluate --data`): error of the strength and PSNR
 through the plain film curve, every photo corrected.  --natural: ordinary photos, of which those
-that the recipe of the judge held out are measured: they must stay as they are.  Beside the judge:
-the input, the mean-luma rule, and the strength with the answer in hand.  Intervals are 95 % by
-paired bootstrap over scenes, of the judge against the rule.
+that the recipe of the judge held out are corrected as `correct` does: they must stay as they are.
+Beside the judge: the input, the mean-luma rule, and the strength with the answer in hand.
+Intervals are 95 % by paired bootstrap over scenes, of the judge against the rule.
 """
 
 import argparse
@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 
 from benchmarks.intervals import Photo, bootstrap
 from evenlight.pipeline.evaluate import open_case
+from evenlight.pipeline.load import load_predictor
 from evenlight.pipeline.models import load_models
 from evenlight.stages.evaluation.sets import list_cases
 from evenlight.stages.photos.canvas import working
@@ -93,7 +94,7 @@ def main() -> None:
     if cases:
         print(f"\ncalibration, {len(cases)} photos: " + calibration(cases))
     if arguments.natural:
-        print("\n" + natural(look, arguments.natural))
+        print("\n" + natural(arguments.natural))
     print(f"\n{look.seconds / max(look.photos, 1):.3f} CPU seconds a photo")
 
 
@@ -138,15 +139,15 @@ def calibration(cases: list[Case]) -> str:
     return ", ".join(f"{found:.0%} in the middle {share:.0%}" for share, found in pairs)
 
 
-def natural(look: Looker, folder: Path) -> str:
-    """A table of ordinary photos by brightness: share left alone, changed much, mean change."""
-    rows, grounds = [], []
+def natural(folder: Path) -> str:
+    """A table of ordinary photos by brightness, as `correct` leaves them by default: share left
+    alone, changed much, mean change."""
+    predictor, rows, grounds = load_predictor(), [], []
     for path in image_files(folder):
         if split_of(path.name) != "measure":
             continue
         photo = np.ascontiguousarray(cv2.imread(str(path))[..., ::-1])
-        strength = judging.decide(look(photo)[0], 0.5)
-        corrected = curve(strength)[photo] if strength else photo
+        corrected = predictor.correct(photo)
         change = float(np.abs(corrected.astype(np.float32) - photo).mean())
         rows.append((float(photo.mean()), change))
         border = np.concatenate([photo[:4].reshape(-1, 3), photo[-4:].reshape(-1, 3)])
