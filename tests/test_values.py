@@ -1,7 +1,8 @@
 """What a store holds of a photo, by the models that ship, stays as it was when code gets faster.
 
 The values are those of the code before it was made fast. Where a change moves them further than is
-allowed here, raise SCHEMA (cache/schema.py), so that stores are made anew, and take its values.
+allowed here, raise SCHEMA (cache/schema.py), so that stores are made anew, and take its values;
+another judge makes them anew by its fingerprint.
 """
 
 import numpy as np
@@ -31,10 +32,10 @@ EXPECTED = {  # the first values of an array, and how far from them they may be
     "scores": ([3.480585, -1.52771, -4.572216], 0.01),
     "p_good": ([0.32638], 1e-3),
     "strength": ([0.27], 0.011),
-    "region_strengths": ([0.312, 0.312, 0.306], 0.011),
-    "t_map": ([0.620117, 0.620117, 0.620605], 0.005),
+    "region_strengths": ([0.222, 0.23, 0.214], 0.011),
+    "t_map": ([0.262451, 0.262207, 0.262451], 0.005),
     "confidence": ([0.342041, 0.342041, 0.342041], 0.002),
-    "pseudo_gt": ([25, 15, 10], 1),
+    "pseudo_gt": ([15, 9, 6], 1),
 }
 
 
@@ -58,7 +59,7 @@ def test_an_array_stays_as_it_was(name, made):
 
 def test_a_photo_as_a_whole_stays_as_it_was(made):
     assert made["regions"].max() == 7 and (made["region_labels"] > 0).sum() == 6
-    assert made["pseudo_gt"].mean() == pytest.approx(69.1245, abs=0.05)
+    assert made["pseudo_gt"].mean() == pytest.approx(62.8743, abs=0.05)
 
 
 @pytest.mark.parametrize("family", tone.CURVES)
