@@ -136,9 +136,10 @@ def test_real_workers_may_be_killed_and_added_in_mid_run(tmp_path, caplog):
     try:
         start("scheduler", "--port", "0", "--dashboard-address", "127.0.0.1:0")
         killed, _ = worker(), worker()
-        while not (tmp_path / "at.json").exists():
+        at_json = tmp_path / "at.json"
+        while not at_json.exists() or not at_json.read_text():  # made, then written
             time.sleep(0.1)
-        address = json.loads((tmp_path / "at.json").read_text())["address"]
+        address = json.loads(at_json.read_text())["address"]
         caplog.set_level(logging.INFO)
         models = Models(ToySegmenter(), ToyClip())
         options = {"settings": SETTINGS, "models": models}

@@ -94,7 +94,7 @@ def test_workers_listen_nowhere_end_with_their_run_and_clean_up(number, tmp_path
     assert [work.read_text() for work in works] == ["[]"] * 2
     if number == signal.SIGINT:
         os.killpg(child.pid, number)  # as a terminal does
-        said = child.communicate(timeout=20)[1].decode()
+        said = child.communicate(timeout=60)[1].decode()
         assert said.count("Traceback") == 1  # of the run
     else:
         child.kill()
