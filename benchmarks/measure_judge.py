@@ -82,19 +82,24 @@ def main() -> None:
     parser.add_argument("--natural", type=Path)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
+    if arguments.paired:
+        all_paired(arguments.paired)
+    if arguments.natural:
+        print("\n" + natural(arguments.natural))
+
+
+def all_paired(sets: list[str]) -> None:
+    """A row for each set, LAYOUT:PATH, and how far the probabilities can be believed."""
     look = Looker()
     print("| set | photos | input | rule | judge | over the rule | best | error: rule | judge |"
           " left alone |\n|" + " --- |" * 10)  # fmt: skip
     cases: list[Case] = []
-    for text in arguments.paired:
+    for text in sets:
         layout, _, path = text.partition(":")
         found = list(paired(look, layout, Path(path)))
         print(row(f"{layout}:{Path(path).name}", found), flush=True)
         cases += found
-    if cases:
-        print(f"\ncalibration, {len(cases)} photos: " + calibration(cases))
-    if arguments.natural:
-        print("\n" + natural(arguments.natural))
+    print(f"\ncalibration, {len(cases)} photos: " + calibration(cases))
     print(f"\n{look.seconds / max(look.photos, 1):.3f} CPU seconds a photo")
 
 

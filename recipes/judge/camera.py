@@ -55,7 +55,7 @@ def mis_exposed(
         y = _linear(x, stops, texture, rng)
     else:
         y = _real(x, stops, texture, real, rng)
-    return _kept(y, stops, rng)
+    return kept(y, stops, rng)
 
 
 def as_good(photo: Photo, rng: np.random.Generator) -> Photo:
@@ -63,7 +63,7 @@ def as_good(photo: Photo, rng: np.random.Generator) -> Photo:
     if rng.random() < 0.5:
         return photo
     x = photo.astype(np.float32) / 255 + (rng.random(photo.shape, np.float32) - 0.5) / 255
-    return _kept(x, 0.0, rng)
+    return kept(x, 0.0, rng)
 
 
 def uneven(
@@ -151,18 +151,18 @@ def _texture(x: Array, rng: np.random.Generator) -> Array:
     return (blown * field)[..., None]
 
 
-def _kept(y: Array, stops: float, rng: np.random.Generator) -> Photo:
-    """Noise, eight bits, and for some JPEG."""
+def kept(y: Array, stops: float, rng: np.random.Generator) -> Photo:
+    """With noise, in eight bits, and for some as a JPEG.  stops: of the whole shot."""
     if rng.random() < 0.6:
         sigma = rng.uniform(0, 0.015) * (1.5 if stops < -1 else 1)
         top, left = rng.integers(0, len(NOISE) - np.array(y.shape[:2]) + 1)
         noise = NOISE[top : top + y.shape[0], left : left + y.shape[1]]
         y = y + np.float32(sigma) * noise * np.sqrt(0.3 + y.clip(0, 1))
-    kept = (y.clip(0, 1) * 255 + 0.5).astype(np.uint8)
+    photo = (y.clip(0, 1) * 255 + 0.5).astype(np.uint8)
     if rng.random() < 0.4:
         quality = [cv2.IMWRITE_JPEG_QUALITY, int(rng.integers(75, 98))]
-        kept = cv2.imdecode(cv2.imencode(".jpg", kept, quality)[1], cv2.IMREAD_COLOR)
-    return kept
+        photo = cv2.imdecode(cv2.imencode(".jpg", photo, quality)[1], cv2.IMREAD_COLOR)
+    return photo
 
 
 def _cumulative(frame: Photo) -> NDArray[np.float64]:

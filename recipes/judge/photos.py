@@ -118,20 +118,29 @@ def read_bracket(folder: Path) -> Bracket | None:
     """
     frames = [clip_photos.read(path, SIDE) for path in clip_photos.image_files(folder)]
     frames.sort(key=clip_photos.mean_luma)
-    # the fusion works in BGR and may leave the range
-    fusion = cv2.createMergeMertens().process([frame[..., ::-1].copy() for frame in frames])
-    fusion = np.ascontiguousarray(fusion[..., ::-1].clip(0, 1) * 255)
-    if not USABLE_LUMA[0] < clip_photos.mean_luma(fusion.astype(np.uint8)) < USABLE_LUMA[1]:
+    well = well_exposed(frames)
+    if well is None:
         return None
-    score = np.array([clip_photos.well_exposedness(frame) for frame in frames])
-    share = np.exp((score - score.max()) / SHARPNESS)
-    share /= share.sum()
+    fusion, share = well
     strengths = []
     for frame in frames:
         to_frames = np.array([strength_to(frame, other) for other in frames])
         strengths.append((share @ to_frames + strength_to(frame, fusion)) / 2)
     best = int(np.abs(strengths).argmin())
     return Bracket(folder.name, frames, np.array(strengths, np.float32), best)
+
+
+def well_exposed(frames: list[Photo]) -> tuple[NDArray[np.float32], NDArray[np.float64]] | None:
+    """The exposure fusion of a bracket, 0 to 255, and the shares of its frames by how well exposed
+    they are.  None where the fusion is too dark or too bright for there to be a good frame."""
+    # it works in BGR and may leave the range
+    fusion = cv2.createMergeMertens().process([frame[..., ::-1].copy() for frame in frames])
+    fusion = np.ascontiguousarray(fusion[..., ::-1].clip(0, 1) * 255)
+    if not USABLE_LUMA[0] < clip_photos.mean_luma(fusion.astype(np.uint8)) < USABLE_LUMA[1]:
+        return None
+    score = np.array([clip_photos.well_exposedness(frame) for frame in frames])
+    share = np.exp((score - score.max()) / SHARPNESS)
+    return fusion, share / share.sum()
 
 
 def strength_to(photo: Photo, target: NDArray) -> float:

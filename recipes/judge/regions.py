@@ -2,9 +2,9 @@
 
 Two kinds of photos teach it.  Good ones, shot with some objects exposed otherwise than the rest: an
 object's answer is the strength that gives it back.  Frames of real brackets: an object is meant to
-be between what well-exposed frames and what exposure fusion make of it (fusion alone sets objects
-.2 further apart: as good on fused targets, .3 dB worse on frames).  Region maps and embeddings are
-those of a photo that is corrected, which has the strength that the judge gives it, right or wrong.
+be between what well-exposed frames and what exposure fusion make of it.  Region maps and embeddings
+are those of a photo that is corrected, which has the strength that the judge gives it, right or
+wrong.
 """
 
 import math
@@ -22,23 +22,20 @@ from evenlight.stages.corrector.inputs import rule_corrected
 from evenlight.stages.photos.canvas import working
 from evenlight.stages.priors import tone
 from evenlight.stages.priors.clip import Clip
-from evenlight.stages.priors.judge import Head, RegionHead, Seen
+from evenlight.stages.priors.judge import Head, RegionHead
 from evenlight.stages.priors.judge_tuning import soft
 from evenlight.stages.priors.ladder import embed_ladder, embed_regions
 from evenlight.stages.priors.opinion import (
     ASKED,
     FAMILY,
     LIMIT,
-    Opinion,
     decide,
-    photo_read,
     regions_read,
 )
 from evenlight.stages.priors.protocols import Segmenter
 from evenlight.stages.settings import LadderSettings
 from recipes.clip_lite0 import photos as clip_photos
-from recipes.judge import photos
-from recipes.judge.camera import NOISE
+from recipes.judge import camera, photos
 
 # N draws, R regions (the rest of the rows are 0), S strengths
 
@@ -118,14 +115,7 @@ def _shot(photo: photos.Photo, stops: Array, rng: np.random.Generator) -> photos
     y = (1 - np.exp(-exposure)).clip(1e-6, 1) ** b
     if stops.mean() > 0.3:
         y = y / rng.uniform(0.88, 1)
-    if rng.random() < 0.6:
-        noise = NOISE[: y.shape[0], : y.shape[1]]
-        y = y + np.float32(rng.uniform(0, 0.012)) * noise * np.sqrt(0.3 + y.clip(0, 1))
-    kept = (y.clip(0, 1) * 255 + 0.5).astype(np.uint8)
-    if rng.random() < 0.4:
-        quality = [cv2.IMWRITE_JPEG_QUALITY, int(rng.integers(75, 98))]
-        kept = cv2.imdecode(cv2.imencode(".jpg", kept, quality)[1], cv2.IMREAD_COLOR)
-    return kept
+    return camera.kept(y, 0.0, rng)
 
 
 # --- rows ----------------------------------------------------------------------------------------
@@ -156,14 +146,10 @@ def _scene_rows(scene: Path, models: Models, rng: np.random.Generator) -> Iterat
     frames = sorted(map(_read, clip_photos.image_files(scene)), key=clip_photos.mean_luma)
     if len({frame.shape for frame in frames}) > 1:
         return
-    fusion = cv2.createMergeMertens().process([frame[..., ::-1].copy() for frame in frames])
-    fusion = np.ascontiguousarray(fusion[..., ::-1].clip(0, 1) * 255)
-    lowest, highest = photos.USABLE_LUMA
-    if not lowest < clip_photos.mean_luma(fusion.astype(np.uint8)) < highest:
+    well = photos.well_exposed(frames)
+    if well is None:
         return
-    score = np.array([clip_photos.well_exposedness(frame) for frame in frames])
-    shares = np.exp((score - score.max()) / photos.SHARPNESS)
-    shares /= shares.sum()
+    fusion, shares = well
     for frame in frames:
         box = _box(frame.shape, rng)
         shot, fused, *others = (_boxed(x, box) for x in (frame, fusion, *frames))
@@ -171,8 +157,8 @@ def _scene_rows(scene: Path, models: Models, rng: np.random.Generator) -> Iterat
             shot = tone.on_bytes(FAMILY, shot, float(rng.uniform(*MOVED)))
         labels = models.labels(shot)
         found = _row(shot, labels, models.clip)
-        well = [(s, other) for s, other in zip(shares, others, strict=True) if s > COUNTS]
-        yield found | _answers(shot, labels, found, well, fused)
+        counting = [(s, other) for s, other in zip(shares, others, strict=True) if s > COUNTS]
+        yield found | _answers(shot, labels, found, counting, fused)
 
 
 def _row(shot: photos.Photo, labels: NDArray[np.uint8], clip: Clip) -> Row:
@@ -260,15 +246,10 @@ def trained(
     return head.eval()
 
 
-@torch.no_grad()
 def _told(rows: dict[str, Tensor], photo_head: Head) -> Tensor:
     """Strengths that the judge gives the photos.  N."""
-    found = []
-    for n in range(len(rows["whole"])):
-        logits, good = photo_head(Seen(*map(torch.from_numpy, photo_read(_cached(rows, n), ASKED))))
-        opinion = Opinion(float(good[0].sigmoid()), logits[0].double().softmax(0).numpy())
-        found.append(decide(opinion, 0.0))
-    return torch.tensor(found)
+    cached = (_cached(rows, n) for n in range(len(rows["whole"])))
+    return torch.tensor([decide(photo_head.opinion(one, ASKED), 0.0) for one in cached])
 
 
 def _errors(

@@ -106,6 +106,16 @@ class Head(nn.Module):
         whole_BKS = shifted(missing_BKS, seen.given[:, 1:])
         return logits + self.scale * whole_BKS.mean(1), good
 
+    @torch.no_grad()
+    def opinion(self, cached: Mapping[str, Any], offsets: Sequence[float]) -> Opinion:
+        """As `Judge.opinion`."""
+
+        def answer() -> tuple[NDArray[np.float64], float]:
+            logits, good = self(seen_of(cached, offsets))
+            return logits[0].double().softmax(0).numpy(), float(good[0].sigmoid())
+
+        return opinion_of(cached, answer)
+
 
 def shifted(missing: Tensor, given: Tensor) -> Tensor:
     """Answers about the strength missing at a rung, as answers about the photo's whole strength.
@@ -206,13 +216,7 @@ class Judge:
 
         offsets: of the ladder's rungs from the mean-luma rule, of the family FAMILY.
         """
-
-        def answer() -> tuple[NDArray[np.float64], float]:
-            with torch.no_grad():
-                logits, good = self.head(seen_of(cached, offsets))
-            return logits[0].double().softmax(0).numpy(), float(good[0].sigmoid())
-
-        return opinion_of(cached, answer)
+        return self.head.opinion(cached, offsets)
 
     def region_opinions(
         self, cached: Mapping[str, Any], offsets: Sequence[float], strength: float
