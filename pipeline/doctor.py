@@ -12,7 +12,7 @@ from evenlight.cache.errors import EnvironmentLacks, EvenlightError, UsageError
 from evenlight.cache.files import atomic_write, sha256_bytes
 from evenlight.stages.weights import shipped
 
-PRIORS = ("fastsam-n", "clip-lite0", "judge")  # weights that ship
+PRIORS = ("fastsam-n", "clip-lite0", "region-embedder", "judge")  # weights that ship
 PACKAGES = (
     "torch", "torchvision", "ultralytics", "open_clip_torch", "timm", "zarr", "h5py", "dask",
     "numpy", "opencv-python", "pillow", "safetensors", "torchmetrics", "mamba-ssm", "onnxruntime",

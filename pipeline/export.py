@@ -77,6 +77,7 @@ def export(
         p3_channels=network.p3_channels,
         multiple=network.multiple,
         dim=clip.dim,
+        region_dim=clip.region_dim,
         size=clip.size,
         graphs=files,
     )

@@ -16,8 +16,8 @@ from evenlight.pipeline.outputs import CARDS
 from evenlight.stages.corrector.predictor import Predictor
 
 CARD = CARDS["onnx"]
-FORMAT = 2  # 1: regions were judged one by one
-GRAPHS = {"corrector", "segmenter", "clip", "judge", "judge-regions"}
+FORMAT = 3  # 1, 2: regions were embedded by crops
+GRAPHS = {"corrector", "segmenter", "clip", "clip-regions", "judge", "judge-regions"}
 OPEN_SETTINGS = ("run.device", "photo.max_megapixels", "judge.prior_good")  # as load.OPEN_SETTINGS
 
 
@@ -34,7 +34,8 @@ class GraphFile:
 @dataclass(frozen=True)
 class Card:
     """settings: of the training.  corrector: sha256 of its corrector.json.  multiple: of which
-    the sides are that the corrector takes.  dim, size: of CLIP.  evenlight, torch: versions."""
+    the sides are that the corrector takes.  dim, region_dim, size: of CLIP.  evenlight, torch:
+    versions."""
 
     format: int
     evenlight: str
@@ -45,13 +46,15 @@ class Card:
     p3_channels: int
     multiple: int
     dim: int
+    region_dim: int
     size: int
     graphs: dict[str, GraphFile]
 
     def __post_init__(self) -> None:
         assert set(self.graphs) == GRAPHS, f"graphs {sorted(self.graphs)}"
         assert self.multiple > 0 and self.multiple % 8 == 0, f"multiple {self.multiple}"
-        assert min(self.p3_channels, self.dim, self.size) > 0, "p3_channels, dim and size"
+        sizes = self.p3_channels, self.dim, self.region_dim, self.size
+        assert min(sizes) > 0, "p3_channels, dim, region_dim and size"
 
 
 def load_exported(folder: Path, settings: Given = None, threads: int = 0) -> Predictor:
@@ -87,7 +90,14 @@ def load_exported(folder: Path, settings: Given = None, threads: int = 0) -> Pre
         segmenter=runtime.OnnxSegmenter(
             graphs["segmenter"], complete.regions, priors.segmenter, card.p3_channels
         ),
-        clip=runtime.OnnxClip(graphs["clip"], priors.clip, card.dim, card.size),
+        clip=runtime.OnnxClip(
+            graphs["clip"],
+            graphs["clip-regions"],
+            priors.clip,
+            card.dim,
+            card.region_dim,
+            card.size,
+        ),
         judge=runtime.OnnxJudge(graphs["judge"], graphs["judge-regions"], priors.judge),
         xp=runtime.np,
     )

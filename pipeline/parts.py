@@ -5,8 +5,8 @@ array, or another maker, is a change of rows here.  Makers import what they run,
 reads the table, as `cache info`, waits for no torch.
 """
 
-# S side of the canvas, K rungs, L the photo and its rungs, R regions, C P3, D embedding, T tones,
-# B strengths of the judge
+# S side of the canvas, K rungs, L the photo and its rungs, R regions, C P3, D embedding,
+# E embedding of a region, T tones, B strengths of the judge
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -44,7 +44,7 @@ class Tools:
 
 @dataclass(frozen=True)
 class Array:
-    """One array.  shape: of one photo's entry, numbers and letters of `sizes`.
+    """One array.  shape: of one photo's entry, numbers and names of `sizes`.
 
     axes: of height and width in the shape of a map of the canvas.  stride: canvas pixels per cell
     of it.  So where a photo lies in an entry is known, never guessed from a shape.
@@ -133,9 +133,14 @@ def sizes(settings: Settings, models: Models | None = None) -> dict[str, int]:
         "K": len(ladder.offsets),
         "L": 1 + len(ladder.offsets),
         "R": ladder.regions,
+        "R+1": ladder.regions + 1,
         "T": tones.NUM_TONES,
         "B": len(tones.STRENGTHS),
-    } | ({"C": models.segmenter.p3_channels, "D": models.clip.dim} if models else {})
+    } | (
+        {"C": models.segmenter.p3_channels, "D": models.clip.dim, "E": models.clip.region_dim}
+        if models
+        else {}
+    )
 
 
 def _photo(have: Mapping[str, Any], tools: Tools) -> Arrays:
@@ -188,10 +193,9 @@ PARTS = (
     Part("embeddings", reads=("photo", "regions"), by="clip", make=_embeddings, arrays=(
         value("clip_photo", "float32", "D"),
         value("clip_ladder", "float16", "K", "D"),
-        value("clip_regions", "float16", "R", "D"),
+        value("clip_regions", "float16", "R+1", "E"),
         value("region_labels", "uint8", "R"),
         value("region_areas", "float32", "R"),
-        value("region_tones", "float32", "R", "T"),
         value("tones", "float32", "L", "T"),
         value("rule_strength", "float32"),
         value("ladder_clipped", "float32", "K"),
@@ -200,7 +204,7 @@ PARTS = (
     )),
     Part("pseudo_gt", reads=(
         "photo", "regions", "clip_photo", "clip_ladder", "clip_regions", "region_labels",
-        "region_areas", "region_tones", "tones", "rule_strength", "ladder_clipped", "clipped",
+        "region_areas", "tones", "rule_strength", "ladder_clipped", "clipped",
     ), by="judge", notes=(JUDGE,), make=_pseudo_gt, arrays=(
         value("scores", "float32", "K", 3),
         value("p_good", "float32"),

@@ -21,7 +21,7 @@ from evenlight.stages.settings import LadderSettings
 
 Arrays = Mapping[str, np.ndarray]
 Panel = tuple[str, Image.Image]  # what stands above a picture, and the picture
-UNSHOWN = ("proto", "p3", "clip_photo", "clip_ladder", "clip_regions", "region_tones", "tones")
+UNSHOWN = ("proto", "p3", "clip_photo", "clip_ladder", "clip_regions", "tones")
 SIDE = 400  # pixels, least width of a picture of the upper rows
 GAP, TEXT = 12, 40  # pixels between panels, and of the two lines above each
 RUNGS = 7  # of the ladder in a row

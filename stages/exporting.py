@@ -21,6 +21,7 @@ from evenlight.stages.corrector.network import PROTO_CHANNELS, Corrector
 from evenlight.stages.priors.clip import Clip
 from evenlight.stages.priors.fastsam import FastSAM
 from evenlight.stages.priors.judge import Judge, Seen
+from evenlight.stages.priors.ladder import REGION_CELL, REGION_SIDE
 from evenlight.stages.priors.opinion import asked
 from evenlight.stages.priors.tones import NUM_TONES
 from evenlight.stages.runtime import CHUNK, Graph
@@ -57,8 +58,9 @@ def exports_of(
         "corrector": _corrector(network, settings.train.size),
         "segmenter": _segmenter(segmenter, max(settings.photo.size, settings.regions.side)),
         "clip": _clip(clip),
+        "clip-regions": _clip_regions(clip, settings.ladder.regions),
         "judge": _photo_judge(judge, clip.dim, len(asked(settings.ladder.offsets))),
-        "judge-regions": _region_judge(judge, clip.dim, settings.ladder.regions),
+        "judge-regions": _region_judge(judge, clip.region_dim, settings.ladder.regions),
     }
 
 
@@ -177,6 +179,23 @@ def _clip(clip: Clip) -> Export:
     )
 
 
+def _clip_regions(clip: Clip, regions: int) -> Export:
+    def draw(present: int, _: int) -> tuple[Tensor, ...]:
+        photos = torch.rand(2, 1, 3, REGION_SIDE, REGION_SIDE)
+        of = torch.randint(present, (1, REGION_SIDE // REGION_CELL, REGION_SIDE // REGION_CELL))
+        cells = nn.functional.one_hot(of, regions + 1).permute(0, 3, 1, 2).float()
+        return (*photos, cells)
+
+    return Export(
+        owner=clip.regions,
+        call=lambda *inputs: (clip.embed_regions(*inputs),),
+        outputs=("embeddings",),
+        shapes=({},) * 3,
+        draw=draw,
+        most=regions,
+    )
+
+
 def _photo_judge(judge: Judge, dim: int, rungs: int) -> Export:
     def answers(*read: Tensor) -> tuple[Tensor, Tensor]:
         logits, good = judge.head(Seen(*read))
@@ -197,17 +216,16 @@ def _region_judge(judge: Judge, dim: int, regions: int) -> Export:
         return (judge.regions(*read).double().softmax(1),)
 
     def draw(regions: int, _: int) -> tuple[Tensor, ...]:
-        embeddings = nn.functional.normalize(torch.randn(1 + regions, dim), dim=-1)
-        tones, numbers = torch.rand(1 + regions, 2 * NUM_TONES), torch.rand(1 + regions, 3)
-        seen = embeddings, tones, numbers
-        return (*(x[1:] for x in seen), *(x[0] for x in seen))
+        areas = torch.rand(1 + regions)
+        return torch.randn(1 + regions, dim), areas / areas.sum(), torch.randn(2)
 
     most = max(2, regions)
+    with_rest = Dim("regions", min=1, max=most) + 1
     return Export(
         owner=judge.regions,
         call=answers,
         outputs=("p",),
-        shapes=({0: Dim("regions", min=1, max=most)},) * 3 + ({},) * 3,
+        shapes=({0: with_rest}, {0: with_rest}, {}),
         draw=draw,
         most=most,
     )

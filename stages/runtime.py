@@ -69,14 +69,21 @@ class OnnxSegmenter(Segmenting):
 
 
 class OnnxClip:
-    """Embeds photos of its own size.  Not differentiable."""
+    """Embeds photos of its own size, and regions.  Not differentiable."""
 
-    def __init__(self, graph: Graph, fingerprint: str, dim: int, size: int) -> None:
-        self._graph, self.fingerprint, self.dim, self.size = graph, fingerprint, dim, size
+    def __init__(
+        self, graph: Graph, regions: Graph, fingerprint: str, dim: int, region_dim: int, size: int
+    ) -> None:
+        self._graph, self._regions, self.fingerprint = graph, regions, fingerprint
+        self.dim, self.region_dim, self.size = dim, region_dim, size
 
     def embed(self, rgb_B3HW: Float32) -> Float32:
         starts = range(0, len(rgb_B3HW), CHUNK)
         return np.concatenate([self._graph(rgb_B3HW[at : at + CHUNK])[0] for at in starts])
+
+    def embed_regions(self, ruled_13SS: Float32, photo_13SS: Float32, cells: Float32) -> Float32:
+        (embedded_1RE,) = self._regions(ruled_13SS, photo_13SS, cells)
+        return embedded_1RE
 
 
 class OnnxJudge:
@@ -90,10 +97,8 @@ class OnnxJudge:
 
         return opinion_of(cached, answer)
 
-    def region_opinions(
-        self, cached: Mapping[str, Any], offsets: Sequence[float], strength: float
-    ) -> NDArray[np.float64]:
-        (p_RS,) = self._regions(*regions_read(cached, offsets, strength))
+    def region_opinions(self, cached: Mapping[str, Any], strength: float) -> NDArray[np.float64]:
+        (p_RS,) = self._regions(*regions_read(cached, strength))
         return p_RS
 
 

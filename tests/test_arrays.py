@@ -9,7 +9,7 @@ from evenlight.stages.arrays import sigmoid
 from evenlight.stages.corrector import apply
 from evenlight.stages.corrector.correction import Correction
 from evenlight.stages.priors import tone
-from evenlight.stages.priors.ladder import clipped, region_crop
+from evenlight.stages.priors.ladder import clipped
 
 
 def photo(height: int = 48, width: int = 64) -> np.ndarray:
@@ -60,13 +60,6 @@ def test_means_shares_bytes_and_sigmoids():
     alike(clipped, photo())
     alike(pixels.to_bytes, photo())
     alike(sigmoid, 400 * photo() - 200)
-
-
-@pytest.mark.parametrize("size", [32, 160])
-def test_crops_of_regions(size):
-    mask = np.zeros((48, 64), bool)
-    mask[10:40, 20:60] = True
-    alike(lambda x: region_crop(x, mask, size), photo())
 
 
 @pytest.mark.parametrize("dtype", [np.uint8, np.uint16])

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from evenlight.cache.errors import EnvironmentLacks, UsageError
 from evenlight.stages import weights
-from evenlight.stages.priors import open_clip_models
+from evenlight.stages.priors import open_clip_models, tone
 from evenlight.stages.priors.clip import Clip, load_clip
 from evenlight.stages.settings import ClipSettings
 
@@ -111,6 +111,34 @@ def test_the_tower_of_its_own_agrees_with_that_of_open_clip(shipped: Clip) -> No
     theirs = open_clip_models.shipped_words(weights.shipped("clip-lite0"), "cpu").model
     expected = F.normalize(theirs.encode_image((batch - 0.5) / 0.5), dim=-1)
     torch.testing.assert_close(shipped.embed(batch), expected, atol=1e-6, rtol=0)
+
+
+def squares() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """A photo as regions are embedded from it, after a rule, and cells of a left, a right, none."""
+    photo = torch.from_numpy(photos.coffee()).permute(2, 0, 1)[None].float() / 255
+    photo = F.interpolate(photo, (160, 160), mode="area")
+    cells = torch.zeros(1, 3, 40, 40)
+    cells[:, 0, :, :20] = cells[:, 1, :, 20:] = 1
+    return tone.apply("film", photo, 0.3), photo, cells
+
+
+def test_a_region_is_embedded_with_its_colours_and_one_without_cells_is_none(shipped: Clip) -> None:
+    ruled, photo, cells = squares()
+    embedded = shipped.embed_regions(ruled, photo, cells)
+    assert embedded.shape == (1, 3, shipped.region_dim) and embedded.dtype == torch.float32
+    colours = [x[..., :80].mean((2, 3)) for x in (ruled, photo)]
+    torch.testing.assert_close(embedded[:, 0, -6:], torch.cat(colours, 1), atol=1e-5, rtol=0)
+    assert embedded[0, 2].abs().max() < 0.01
+
+
+def test_a_region_is_embedded_by_what_lies_around_it_too(shipped: Clip) -> None:
+    _, photo, cells = squares()
+    other = photo.clone()
+    other[..., 100:] *= 0.3
+    here, there = (
+        shipped.embed_regions(tone.apply("film", x, 0.3), x, cells)[0, 0] for x in (photo, other)
+    )
+    assert (here - there).abs().max() > 0.05
 
 
 @pytest.mark.parametrize("damage", ["cut", "not finite", "lacks a tensor", "of another shape"])

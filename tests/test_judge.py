@@ -24,7 +24,7 @@ from evenlight.stages.priors.opinion import (
     regional_share,
     regions_read,
 )
-from evenlight.stages.priors.tones import NUM_TONES, PERCENTILES, region_tones, tones
+from evenlight.stages.priors.tones import PERCENTILES, tones
 from evenlight.stages.settings import LadderSettings, PseudoGTSettings, Settings
 
 OFFSETS = LadderSettings().offsets
@@ -72,50 +72,47 @@ def test_the_judge_reads_film_ladders_alone():
     )  # preset paper
 
 
-def test_tones_after_a_strength_are_those_of_the_photo_that_was_given_it():
+def test_regions_are_read_with_the_rest_of_the_photo_as_one_more():
     photo = np.tile(np.linspace(10, 200, 128).astype(np.uint8)[None, :, None], (96, 1, 3))
-    labels = np.repeat([[1, 2]], 96, 0).repeat(64, 1).astype(np.uint8)
+    labels = np.repeat([[1, 2, 0, 0]], 96, 0).repeat(32, 1).astype(np.uint8)
     cached = embed_photo(photo, labels, ToyClip(), LadderSettings())
-    _, seen, numbers, _, own, _ = regions_read(cached, OFFSETS, 0.8)
-    after = tone.on_bytes("film", photo, 0.8)
-    wanted = [tones(after), *region_tones(after, labels, [1, 2])]
-    levels = slice(NUM_TONES, NUM_TONES + len(PERCENTILES))
-    for found, meant in zip([own, *seen], wanted, strict=True):
-        assert np.abs(found[levels] - meant[: len(PERCENTILES)]).max() < 0.03
-    assert numbers[:, 2] == pytest.approx(seen[:, levels].mean(1) - own[levels].mean())
+    embeddings, areas, given = regions_read(cached, 0.8)
+    assert areas == pytest.approx([0.25, 0.25, 0.5])
+    means = [
+        photo[:, columns].mean() / 255 for columns in (slice(32), slice(32, 64), slice(64, 128))
+    ]
+    assert embeddings[:, -1] == pytest.approx(means, abs=0.02)
+    rule = float(cached["rule_strength"])
+    assert given == pytest.approx([rule, 0.8 - rule])
 
 
 @pytest.fixture(scope="module")
 def region_head():
     """An untrained one, and what it reads of five regions of a photo."""
     generator = torch.Generator().manual_seed(0)
-
-    def rows(*shape):
-        return torch.rand(*shape, generator=generator)
-
-    read = rows(5, 8), rows(5, 2 * NUM_TONES), rows(5, 3), rows(8), rows(2 * NUM_TONES), rows(3)
+    areas = torch.tensor([0.3, 0.1, 0.2, 0.25, 0.15])
+    read = torch.rand(5, 8, generator=generator), areas, torch.tensor([0.4, 0.1])
     torch.manual_seed(0)
     return judge.RegionHead(8).eval(), read
 
 
 @torch.no_grad()
 def test_regions_are_judged_beside_each_other(region_head):
-    head, (*of_regions, photo, photo_tones, photo_numbers) = region_head
-    whole = photo, photo_tones, photo_numbers
-    answers = head(*of_regions, *whole)
+    head, (embeddings, areas, given) = region_head
+    answers = head(embeddings, areas, given)
     order = torch.tensor([3, 0, 4, 1, 2])
-    assert torch.allclose(head(*(x[order] for x in of_regions), *whole), answers[order], atol=1e-5)
-    fewer = head(*(x[:4] for x in of_regions), *whole)
+    assert torch.allclose(head(embeddings[order], areas[order], given), answers[order], atol=1e-5)
+    fewer = head(embeddings[:4], areas[:4], given)
     assert (fewer - answers[:4]).abs().max() > 1e-3
 
 
 @torch.no_grad()
 def test_a_region_without_area_is_none(region_head):
-    head, (embeddings, tones_R2T, numbers, *whole) = region_head
-    numbers = numbers * torch.tensor([[1.0], [1], [1], [0], [1]])
+    head, (embeddings, areas, given) = region_head
+    areas = areas * torch.tensor([1.0, 1, 1, 0, 1])
     present = torch.tensor([0, 1, 2, 4])
-    alone = head(*(x[present] for x in (embeddings, tones_R2T, numbers)), *whole)
-    assert torch.allclose(head(embeddings, tones_R2T, numbers, *whole)[present], alone, atol=1e-5)
+    alone = head(embeddings[present], areas[present], given)
+    assert torch.allclose(head(embeddings, areas, given)[present], alone, atol=1e-5)
 
 
 # How it decides
@@ -140,9 +137,15 @@ def test_a_far_alternative_does_not_drag_the_answer():
 
 
 def test_regions_do_not_differ_in_a_photo_that_is_all_but_surely_good():
-    shares = [regional_share(Opinion(p, peak(0.1)), 0.5) for p in (0.3, 0.6, 0.65, 0.7, 0.9)]
+    shares = [regional_share(Opinion(p, peak(0.1)), 0.5, 0.1) for p in (0.3, 0.6, 0.65, 0.7, 0.9)]
     assert shares == pytest.approx([1, 1, 0.5, 0, 0])
-    assert regional_share(Opinion(0.9, peak(0.1)), 0.0) == 1  # no photo is taken for good
+    assert regional_share(Opinion(0.9, peak(0.1)), 0.0, 0.1) == 1  # no photo is taken for good
+
+
+def test_regions_do_not_differ_in_a_photo_that_is_far_off_as_a_whole():
+    strengths = (0.1, 0.4, -0.65, 0.9, -1.5)
+    shares = [regional_share(Opinion(0.1, peak(t)), 0.5, t) for t in strengths]
+    assert shares == pytest.approx([1, 1, 0.5, 0, 0])
 
 
 @given(st.floats(0.01, 0.99), st.floats(-2, 2), st.floats(0.05, 0.8))

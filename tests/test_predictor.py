@@ -33,17 +33,14 @@ def dark(*shape: int, dtype: type = np.uint8) -> np.ndarray:
 
 
 def judged(monkeypatch, predictor, p_good: float, strength: float, apart: float = 0.0) -> None:
-    """Make judges say so of every photo, and of every region how far it is from its photo."""
+    """Make judges say so of every photo, and how far its largest region is from the others."""
     opinion = Opinion(p_good, (strength == STRENGTHS).double().numpy())
     monkeypatch.setattr(type(predictor.judge), "opinion", lambda *_: opinion)
 
-    def regions(self, cached, offsets, given):
-        return (
-            (apart == STRENGTHS)
-            .double()
-            .numpy()[None]
-            .repeat(int((cached["region_labels"] > 0).sum()), 0)
-        )
+    def regions(self, cached, given):
+        rows = 1 + int((cached["region_labels"] > 0).sum())
+        wanted = [apart] + (rows - 1) * [-apart]
+        return np.stack([(strength == STRENGTHS).double().numpy() for strength in wanted])
 
     monkeypatch.setattr(type(predictor.judge), "region_opinions", regions)
 
@@ -84,12 +81,13 @@ def test_regions_are_set_apart_as_far_as_the_judge_says_unless_the_photo_is_all_
     p_good, moves, predictor, monkeypatch
 ):
     photo = dark(96, 128, 3)
+    photo[:, 80:] += 90  # another region
     outputs = []
     for apart in (0.0, 0.5):
         judged(monkeypatch, predictor, p_good, 0.5, apart)
-        outputs.append(float(predictor.correct(photo).mean()))
-    assert (outputs[1] > outputs[0] + 5) == moves
-    assert abs(outputs[1] - outputs[0]) < 2 or moves
+        outputs.append(predictor.correct(photo).astype(int))
+    moved = np.abs(outputs[1] - outputs[0]).mean()
+    assert moved > 5 if moves else moved < 2
 
 
 def test_strength_0_is_a_copy_of_every_bit_and_half_lies_between(predictor, monkeypatch):

@@ -12,7 +12,7 @@ from evenlight.stages.priors import tone
 from evenlight.stages.priors.judge import STRENGTHS
 from evenlight.stages.priors.opinion import Opinion
 from evenlight.stages.priors.protocols import Regions
-from evenlight.stages.priors.tones import PERCENTILES
+from evenlight.stages.priors.region_embedder import DIM
 
 
 class ToySegmenter:
@@ -41,6 +41,7 @@ class ToyClip:
     """Judges by mean luma: the text vectors point to dark, middle and bright."""
 
     dim = 3
+    region_dim = DIM
     size = 64
     logit_scale = 10.0
 
@@ -53,6 +54,15 @@ class ToyClip:
         angle = luma(rgb_B3HW).mean((1, 2, 3)) * torch.pi
         flat = torch.full_like(angle, 0.1)
         return F.normalize(torch.stack([angle.cos(), angle.sin(), flat], 1), dim=1)
+
+    def embed_regions(self, ruled_B3SS: Tensor, photo_B3SS: Tensor, cells_BRhw: Tensor) -> Tensor:
+        """Mean colours, where the embedder that ships has them."""
+        colours = F.adaptive_avg_pool2d(
+            torch.cat([ruled_B3SS, photo_B3SS], 1), cells_BRhw.shape[2:]
+        )
+        count = cells_BRhw.sum((2, 3)).clamp(min=1)[..., None]
+        mean = torch.einsum("brhw,bchw->brc", cells_BRhw, colours) / count
+        return F.pad(mean, (self.region_dim - mean.shape[-1], 0))
 
     def embed_text(self, texts: list[str]) -> Tensor:
         angles = [0.0 if "under" in t else torch.pi if "over" in t else torch.pi / 2 for t in texts]
@@ -77,15 +87,17 @@ class ToyJudge:
         rule = float(cached["rule_strength"])
         return Opinion(0.9 if abs(rule) < 0.15 else 0.05, peak(rule))
 
-    def region_opinions(
-        self, cached: dict[str, np.ndarray], offsets: tuple[float, ...], strength: float
-    ) -> np.ndarray:
-        count = int((cached["region_labels"] > 0).sum())
-        wanted = []
-        for tones in cached["region_tones"][:count]:
-            gray = torch.from_numpy(tones[: len(PERCENTILES)]).expand(1, 3, 1, -1)
-            wanted.append(float(tone.rule_strength(gray, "film")[0]))
-        return np.stack([peak(t - strength) for t in wanted])
+    def region_opinions(self, cached: dict[str, np.ndarray], strength: float) -> np.ndarray:
+        rows = [*range(int((cached["region_labels"] > 0).sum())), -1]
+        colours = torch.from_numpy(cached["clip_regions"][rows, -3:]).float()
+        return np.stack(
+            [
+                peak(float(t) - strength)
+                for t in tone.rule_strength(
+                    luma(colours[:, :, None, None]).expand(-1, 3, -1, -1), "film"
+                )
+            ]
+        )
 
 
 def peak(at: float, spread: float = 0.1) -> np.ndarray:

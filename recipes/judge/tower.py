@@ -23,10 +23,9 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from evenlight.stages.pixels import to_bytes, to_float
+from evenlight.stages.pixels import mixed, pooled, resize, to_bytes, to_float
 from evenlight.stages.priors import judge, opinion, tone
 from evenlight.stages.priors.judge_tuning import SPREAD, soft
-from evenlight.stages.priors.ladder import region_crop
 from evenlight.stages.priors.tones import tones as tones_of
 from recipes.clip_lite0 import captions
 from recipes.clip_lite0 import losses as clip_losses
@@ -45,6 +44,8 @@ KINDS = (0.12, 0.45, 1.0)
 STRENGTH_PER_EV = 0.42  # measured: what undoes one EV of a camera
 LIMIT = 2.2
 READ = 16  # samples of a batch whose caption is read
+REGION_GROWTH = 1.5  # crop side over region box side
+BLUR_CELLS = 16  # a side: what the surrounding of a region is blurred to
 EVERY = 250
 EMA = 0.998
 
@@ -150,6 +151,25 @@ def region_and_strength(data: Data, rng: np.random.Generator) -> tuple[np.ndarra
             crop = region_crop(to_float(shot), mask, SIZE)
             strength = photos.strength_to(shot[mask], photo[mask])
             return to_bytes(crop).numpy(), float(np.clip(strength, -LIMIT, LIMIT)), ""
+
+
+def region_crop(rgb_13HW: Tensor, mask_HW: np.ndarray, size: int) -> Tensor:
+    """The region with a little surrounding, what is outside blurred.
+
+    rgb: float 1,3,H,W in [0, 1].  mask: bool H,W, not empty.  Returns 1,3,size,size.
+    """
+    rows, columns = np.flatnonzero(mask_HW.any(1)), np.flatnonzero(mask_HW.any(0))
+    spans = []
+    for low, high, limit in (
+        (int(rows[0]), int(rows[-1]) + 1, mask_HW.shape[0]),
+        (int(columns[0]), int(columns[-1]) + 1, mask_HW.shape[1]),
+    ):
+        grow = int((high - low) * (REGION_GROWTH - 1) / 2)
+        spans.append(slice(max(0, low - grow), min(limit, high + grow)))
+    crop = resize(rgb_13HW[..., spans[0], spans[1]], size, size)
+    inside = resize(torch.from_numpy(mask_HW[None, None, spans[0], spans[1]]).float(), size, size)
+    blurred = resize(pooled(crop, size // BLUR_CELLS), size, size, "bicubic").clamp(0, 1)
+    return mixed(blurred, crop, inside)
 
 
 def sample(data: Data, rng: np.random.Generator) -> Sample:

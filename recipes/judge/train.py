@@ -4,10 +4,12 @@
         --start clip-lite0.safetensors --out FOLDER
 
 --natural: ordinary photos, taken to be as their makers meant them.  --brackets: one sub-folder of
-frames per scene.  --start: what recipes.clip_lite0 made.  --out: work and results: clip-lite0
-.safetensors and .json, judge.safetensors.  --photo-heads: a judge.safetensors whose heads for
-photos are kept, so that those for regions alone are trained.  Which photos are seen is told by
-their names (photos.split_of).  Stopped at any moment, the same command goes on.
+frames per scene.  --objects: maps of objects that people outlined in some of the photos, in the
+layout `uneven` (benchmarks/bsds_objects.py).  --start: what recipes.clip_lite0 made.  --out: work
+and results: clip-lite0.safetensors and .json, region-embedder.safetensors, judge.safetensors.
+--photo-heads: a judge.safetensors whose heads for photos are kept, so that regions alone are
+trained.  Which photos are seen is told by their names (photos.split_of).  Stopped at any moment,
+the same command goes on; the training of regions, 25 minutes of two cores, begins anew.
 """
 
 import argparse
@@ -24,9 +26,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from evenlight.stages.priors import fingerprints
 from evenlight.stages.priors.clip import Clip, load_clip
 from evenlight.stages.priors.fastsam import load_segmenter
-from evenlight.stages.priors.judge import Head
+from evenlight.stages.priors.judge import Head, RegionHead
+from evenlight.stages.priors.lite0 import Tower
+from evenlight.stages.priors.region_embedder import Decoder
 from evenlight.stages.settings import ClipSettings, RegionSettings
 from recipes.clip_lite0 import captions
 from recipes.clip_lite0 import losses as clip_losses
@@ -34,33 +39,54 @@ from recipes.clip_lite0 import photos as clip_photos
 from recipes.clip_lite0.model import VOCABULARY, export, normalised
 from recipes.judge import camera, heads, photos, regions, tower
 
-PHOTO_CHUNKS, UNEVEN_CHUNKS = 24, 45  # of CHUNK draws
-SCENE_CHUNKS = 5  # of every frame once
+PHOTO_CHUNKS = 24
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--natural", type=Path, nargs="+", required=True)
     parser.add_argument("--brackets", type=Path, required=True)
+    parser.add_argument("--objects", type=Path)
     parser.add_argument("--start", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--photo-heads", type=Path)
     parser.add_argument("--steps", type=int, default=1000)
+    parser.add_argument("--region-steps", type=int, default=regions.STEPS)
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     cv2.setNumThreads(1)
     arguments.out.mkdir(parents=True, exist_ok=True)
     clip = fine_tuned(arguments)
-    uneven, scenes = region_rows(arguments, clip)
-    known = torch.tensor(list(bytes.fromhex(clip.fingerprint)), dtype=torch.uint8)
-    tensors = {"clip": known}
-    for prefix, photo_head in photo_heads(arguments, clip).items():
-        region_head = regions.trained(uneven, scenes, photo_head, arguments.seed)
-        for name, head in (("photo", photo_head), ("regions", region_head)):
-            state = head.state_dict()
-            tensors |= {f"{prefix}.{name}.{key}": x.half() for key, x in state.items()}
+    decoder, region_head = judged_by_region(arguments)
+    embedder = arguments.out / "region-embedder.safetensors"
+    statistics = ("running_mean", "running_var", "num_batches_tracked")
+    state = {k: x.contiguous() for k, x in decoder.state_dict().items()}
+    save_file({k: x if k.endswith(statistics) else x.half() for k, x in state.items()}, embedder)
+    reading = fingerprints.shipped_reading(ClipSettings())
+    known = fingerprints.of_clip(
+        fingerprints.SHIPPED_CLIP, weights_of(arguments), reading, embedder
+    )
+    tensors = {"clip": torch.tensor(list(bytes.fromhex(known)), dtype=torch.uint8)}
+    for prefix, head in photo_heads(arguments, clip).items():
+        tensors |= {f"{prefix}.photo.{key}": x.half() for key, x in head.state_dict().items()}
+    tensors |= {f"regions.{key}": x.half() for key, x in region_head.state_dict().items()}
     save_file(tensors, arguments.out / "judge.safetensors")
+
+
+def judged_by_region(arguments: argparse.Namespace) -> tuple[Decoder, RegionHead]:
+    """What regions are embedded by, and the head that judges them."""
+    segmenter = load_segmenter(RegionSettings(), "cpu")
+    files = (path for folder in arguments.natural for path in clip_photos.image_files(folder))
+    paths = [path for path in files if photos.split_of(path.name) in ("tower", "heads")]
+    folders = photos.scenes(arguments.brackets, "heads")
+    return regions.trained(
+        regions.good_photos(paths, arguments.objects, segmenter),
+        list(regions.scenes(folders, segmenter)),
+        Tower(load_file(weights_of(arguments))),
+        arguments.seed,
+        arguments.region_steps,
+    )
 
 
 def photo_heads(arguments: argparse.Namespace, clip: Clip) -> dict[str, Head]:
@@ -80,20 +106,6 @@ def photo_heads(arguments: argparse.Namespace, clip: Clip) -> dict[str, Head]:
     return {name: heads.trained(rows, dim, arguments.seed) for name, dim in dims.items()}
 
 
-def region_rows(
-    arguments: argparse.Namespace, clip: Clip
-) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Of uneven shots, and of frames of brackets."""
-    models = regions.Models(load_segmenter(RegionSettings(), "cpu"), clip)
-    files = (path for folder in arguments.natural for path in clip_photos.image_files(folder))
-    paths = [path for path in files if photos.split_of(path.name) in ("tower", "heads")]
-    scenes = photos.scenes(arguments.brackets, "heads")
-    return (
-        drawn(arguments, "uneven", UNEVEN_CHUNKS, partial(regions.natural_rows, paths, models)),
-        drawn(arguments, "scenes", SCENE_CHUNKS, partial(regions.bracket_rows, scenes, models)),
-    )
-
-
 def load(arguments: argparse.Namespace, split: str) -> tower.Data:
     """Photos of a split with their region maps; brackets, and the responses between frames."""
     natural = photos.natural_photos(arguments.natural, split)
@@ -102,9 +114,13 @@ def load(arguments: argparse.Namespace, split: str) -> tower.Data:
     return tower.Data(natural, labels, brackets, camera.responses(brackets))
 
 
+def weights_of(arguments: argparse.Namespace) -> Path:
+    return arguments.out / "clip-lite0.safetensors"
+
+
 def fine_tuned(arguments: argparse.Namespace) -> Clip:
     """The CLIP that ships, made if it is not there yet."""
-    weights = arguments.out / "clip-lite0.safetensors"
+    weights = weights_of(arguments)
     if not weights.is_file():
         natural = photos.natural_photos(arguments.natural, "tower")
         labels = photos.label_maps(natural, arguments.out)

@@ -84,7 +84,8 @@ class Predictor:
         strength = decide(opinion, prior_good)
         if not strength:
             return None
-        return self._ask_network(photo_HW3, strength, seen, regional_share(opinion, prior_good))
+        regional = regional_share(opinion, prior_good, strength)
+        return self._ask_network(photo_HW3, strength, seen, regional)
 
     def opinion(self, photo_HW3: np.ndarray) -> Opinion:
         """What the judge says.  photo: as in `predict`."""

@@ -4,7 +4,8 @@ The shipped `clip-lite0` runs in a tower of its own (lite0.py), any other model 
 (open_clip_models.py), which also reads the words of both.
 """
 
-# B photos, H W pixels, D embedding, n texts, M context vectors, L tokens, E token embedding
+# B photos, H W pixels, D embedding, R regions, S side of their square, h w its cells,
+# n texts, M context vectors, L tokens, E embedding of a region, or of a token
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
@@ -21,6 +22,8 @@ from evenlight.cache.errors import EnvironmentLacks
 from evenlight.stages.priors import fingerprints
 from evenlight.stages.priors.fingerprints import SHIPPED_CLIP, Reading
 from evenlight.stages.priors.lite0 import Tower
+from evenlight.stages.priors.region_embedder import DIM as REGION_DIM
+from evenlight.stages.priors.region_embedder import load_region_embedder
 from evenlight.stages.settings import ClipSettings
 
 if TYPE_CHECKING:
@@ -36,7 +39,7 @@ class Clip:
     image: photos B,3,size,size, normalised, to B,D, on the device.  words: loads the text tower,
     asked for when there is a text to read.  logit_scale: the factor on cosines that the model was
     trained with.  fingerprint: hex sha256 of the weights' digest and all that decides how a photo
-    is read.  dim: D.
+    is read.  dim: D.  region_dim: E.
     """
 
     def __init__(
@@ -50,6 +53,7 @@ class Clip:
         device: str = "cpu",
     ) -> None:
         self.fingerprint = fingerprint
+        self.regions, self.region_dim = load_region_embedder(device), REGION_DIM
         self.size = reading.size
         self.logit_scale = logit_scale
         self.image = image
@@ -83,6 +87,12 @@ class Clip:
                 ).clamp(0, 1)
             x = ((x - self._mean) / self._std).contiguous(memory_format=torch.channels_last)
             return F.normalize(self.image(x), dim=-1)
+
+    def embed_regions(self, ruled_B3SS: Tensor, photo_B3SS: Tensor, cells_BRhw: Tensor) -> Tensor:
+        """Embed regions of photos (region_embedder.py).  float32 B,R,E on the model's device."""
+        with torch.no_grad(), torch.autocast(self._device.type, enabled=False):
+            inputs = (ruled_B3SS, photo_B3SS, cells_BRhw)
+            return self.regions(*(x.to(self._device, torch.float32) for x in inputs))
 
     @property
     def tower(self) -> nn.Module:

@@ -16,6 +16,7 @@ from evenlight.stages.settings import ClipSettings, RegionSettings
 from evenlight.stages.weights import shipped
 
 SHIPPED_CLIP = "clip-lite0"
+REGION_EMBEDDER = "region-embedder"
 FETCH = "'evenlight weights fetch'"
 WHERE = f"use the shipped 'fastsam-n', or fetch official weights with {FETCH}"
 
@@ -86,13 +87,15 @@ def of_shipped_clip(settings: ClipSettings) -> str:
     return of_clip(SHIPPED_CLIP, clip_file(settings), shipped_reading(settings))
 
 
-def of_clip(model: str, weights: Path, reading: Reading) -> str:
+def of_clip(model: str, weights: Path, reading: Reading, regions: Path | None = None) -> str:
+    """regions: weights that embed regions, whatever the CLIP; None: those that ship."""
     facts = {
         "model": model,
         "weights": sha256_file(weights),
         "mean": [float(v) for v in reading.mean],
         "std": [float(v) for v in reading.std],
         "size": reading.size,
+        "regions": sha256_file(regions or _present(shipped(REGION_EMBEDDER))),
     }
     return sha256_bytes(canonical_json(facts))
 

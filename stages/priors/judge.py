@@ -40,8 +40,8 @@ from evenlight.stages.weights import shipped
 
 STRENGTHS = torch.from_numpy(opinion.STRENGTHS)
 HIDDEN, DROPOUT = 96, 0.4
-REGION_HIDDEN, REGION_LAYERS = 128, 2
-REGION_NUMBERS = 3  # beside embeddings and tones, of a region and of its photo
+REGION_HIDDEN, REGION_LAYERS, REGION_DROPOUT = 128, 2, 0.2
+REGION_NUMBERS = 3  # beside its embedding: its area, and two strengths of its photo
 
 
 class Asked(nn.Module):
@@ -134,7 +134,7 @@ def shifted(missing: Tensor, given: Tensor) -> Tensor:
 
 
 class RegionHead(nn.Module):
-    """From the regions of a photo to logits of the strength between each and the photo.
+    """From the regions of a photo to logits of the strength between each and their mean.
 
     They are looked at together, since an object is too dark or too bright beside others: each layer
     sees a region and the mean of all by area (Zaheer et al., "Deep Sets", 2017).
@@ -142,40 +142,24 @@ class RegionHead(nn.Module):
 
     def __init__(self, dim: int) -> None:
         super().__init__()
-        self.dim = dim
-        seen = dim + 2 * NUM_TONES + REGION_NUMBERS
-        self.region = nn.Linear(seen, REGION_HIDDEN)
-        self.photo = nn.Linear(seen, REGION_HIDDEN)
+        self.region = nn.Linear(dim + REGION_NUMBERS, REGION_HIDDEN)
         self.norms = nn.ModuleList(nn.LayerNorm(REGION_HIDDEN) for _ in range(REGION_LAYERS))
         self.layers = nn.ModuleList(
             nn.Linear(2 * REGION_HIDDEN, REGION_HIDDEN) for _ in range(REGION_LAYERS)
         )
         self.answer = nn.Linear(REGION_HIDDEN, len(STRENGTHS))
-        self.drop, self.drop_hidden = nn.Dropout(DROPOUT), nn.Dropout(DROPOUT / 2)
+        self.drop = nn.Dropout(REGION_DROPOUT)
 
-    def forward(
-        self,
-        embeddings: Tensor,
-        tones: Tensor,
-        numbers: Tensor,
-        photo: Tensor,
-        photo_tones: Tensor,
-        photo_numbers: Tensor,
-    ) -> Tensor:
+    def forward(self, embeddings: Tensor, areas: Tensor, given: Tensor) -> Tensor:
         """As `regions_read` gives them, with the same leading axes; a region of area 0 is none."""
-        own = self.region(self._input(embeddings, tones, numbers))
-        whole = self.photo(self._input(photo, photo_tones, photo_numbers))
-        x = F.gelu(own + whole[..., None, :])
-        share = numbers[..., :1] / numbers[..., :1].sum(-2, keepdim=True)
+        areas = areas[..., None]
+        given = given[..., None, :].expand(*areas.shape[:-1], -1)
+        x = F.gelu(self.region(self.drop(torch.cat([embeddings, areas.sqrt(), given], -1))))
         for norm, layer in zip(self.norms, self.layers, strict=True):
             here = norm(x)
-            around = (share * here).sum(-2, keepdim=True).expand_as(here)
-            x = x + F.gelu(layer(self.drop_hidden(torch.cat([here, around], -1))))
+            around = (areas * here).sum(-2, keepdim=True).expand_as(here)
+            x = x + F.gelu(layer(self.drop(torch.cat([here, around], -1))))
         return self.answer(x)
-
-    def _input(self, embeddings: Tensor, tones: Tensor, numbers: Tensor) -> Tensor:
-        parts = [4 * embeddings[..., : self.dim], 2 * (tones - 0.4), numbers]
-        return self.drop(torch.cat(parts, -1))
 
 
 class Judge:
@@ -191,7 +175,7 @@ class Judge:
         self.prompts = Scorer.from_tensors(_of("prompts.", self.tensors))
         photo, regions = _of("photo.", self.tensors), _of("regions.", self.tensors)
         self.dim = photo["photo.seen.weight"].shape[1] - 2 * NUM_TONES - 3
-        dim_regions = regions["region.weight"].shape[1] - 2 * NUM_TONES - REGION_NUMBERS
+        dim_regions = regions["region.weight"].shape[1] - REGION_NUMBERS
         self.head, self.regions = Head(self.dim).eval(), RegionHead(dim_regions).eval()
         for module, own in ((self.head, photo), (self.regions, regions)):
             module.load_state_dict(own)
@@ -205,7 +189,9 @@ class Judge:
         tensors = _shipped()
         known = bytes(tensors["clip"].numpy()).hex() == clip.fingerprint
         heads = _of("clip." if known else "tones.", tensors)
-        return cls(heads | {f"prompts.{k}": v for k, v in zero_shot(clip).to_tensors().items()})
+        regions = {k: v for k, v in tensors.items() if k.startswith("regions.")}
+        prompts = {f"prompts.{k}": v for k, v in zero_shot(clip).to_tensors().items()}
+        return cls(heads | regions | prompts)
 
     def changed(self, prefix: str, state: Mapping[str, Tensor]) -> "Judge":
         """The judge with another "photo" head or other "prompts"."""
@@ -218,12 +204,10 @@ class Judge:
         """
         return self.head.opinion(cached, offsets)
 
-    def region_opinions(
-        self, cached: Mapping[str, Any], offsets: Sequence[float], strength: float
-    ) -> NDArray[np.float64]:
-        """Of the embedded regions, probabilities of STRENGTHS between each and the photo, which is
-        given `strength`.  R,S for the regions there are."""
-        read = regions_read(cached, offsets, strength)
+    def region_opinions(self, cached: Mapping[str, Any], strength: float) -> NDArray[np.float64]:
+        """Of the embedded regions and, last, the rest: probabilities of STRENGTHS between each and
+        the photo, which is given `strength`.  R+1,S for the regions there are."""
+        read = regions_read(cached, strength)
         with torch.no_grad():
             logits = self.regions(*map(torch.from_numpy, read))
         return logits.double().softmax(1).numpy()
@@ -231,7 +215,8 @@ class Judge:
 
 @functools.cache
 def _shipped() -> dict[str, Tensor]:
-    """clip: digest (uint8) of the CLIP that the heads "clip.*" read; "tones.*": for any other."""
+    """clip: digest (uint8) of the CLIP that the head "clip.photo.*" reads; "tones.photo.*": for any
+    other; "regions.*": for both."""
     path = shipped("judge")
     try:
         return load_file(path)

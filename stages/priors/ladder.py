@@ -5,24 +5,22 @@ ones choose again without an image passing through CLIP.  The tones of all that 
 cached beside.
 """
 
-# K ladder strengths, R regions, D embedding, T tones, H W pixels
+# K ladder strengths, R regions, D embedding, E embedding of a region, T tones, H W pixels,
+# S side of the square, h w its cells
 
-import functools
 from typing import Any
 
-import cv2
 import numpy as np
 
 from evenlight.stages.arrays import Array, float32, from_numpy, like, namespace, to_numpy
 from evenlight.stages.photos.visible import inside_border
-from evenlight.stages.pixels import luma, mixed, pooled, resize, to_bytes, to_float
+from evenlight.stages.pixels import luma, resize, to_bytes, to_float
 from evenlight.stages.priors import tone
 from evenlight.stages.priors.protocols import Embedder
-from evenlight.stages.priors.tones import NUM_TONES, region_tones, tones
+from evenlight.stages.priors.tones import tones
 from evenlight.stages.settings import LadderSettings
 
-REGION_GROWTH = 1.5  # crop side over region box side
-BLUR_CELLS = 16  # a side: what the surrounding of a region is blurred to
+REGION_SIDE, REGION_CELL = 160, 4  # of the square that regions are embedded from, pixels
 CLIPPED_HIGH = 254 / 255
 CLIPPED_LOW = 1 / 255
 
@@ -42,38 +40,6 @@ def largest_regions(
     large = [label for label in range(1, len(shares)) if shares[label] >= settings.min_region_area]
     labels = sorted(large, key=lambda label: -shares[label])[: settings.regions]
     return labels, [float(shares[label]) for label in labels]
-
-
-def region_crop(rgb_13HW: Array, mask_HW: np.ndarray, size: int) -> Array:
-    """The region with a little surrounding, what is outside blurred.
-
-    rgb: float 1,3,H,W in [0, 1].  mask: bool H,W, not empty.  Returns 1,3,size,size.
-    """
-    xp = namespace(rgb_13HW)
-    rows, columns = np.flatnonzero(mask_HW.any(1)), np.flatnonzero(mask_HW.any(0))
-    spans = []
-    for low, high, limit in (
-        (int(rows[0]), int(rows[-1]) + 1, mask_HW.shape[0]),
-        (int(columns[0]), int(columns[-1]) + 1, mask_HW.shape[1]),
-    ):
-        grow = int((high - low) * (REGION_GROWTH - 1) / 2)
-        spans.append(slice(max(0, low - grow), min(limit, high + grow)))
-    crop = resize(rgb_13HW[..., spans[0], spans[1]], size, size)
-    inside = resize(like(mask_HW[None, None, spans[0], spans[1]], rgb_13HW), size, size)
-    small = pooled(crop, size // BLUR_CELLS)
-    rows_of_Ss = _enlarging(small.shape[2], size, xp)
-    blurred = xp.clip(rows_of_Ss @ small @ rows_of_Ss.T, 0, 1)
-    return mixed(blurred, crop, inside)
-
-
-@functools.cache
-def _enlarging(cells: int, size: int, xp: Any) -> Array:
-    """The bicubic enlargement of `cells` to `size` as a matrix, size,cells: on maps of few cells it
-    takes a tenth of the time."""
-    one_by_one = np.eye(cells, dtype=np.float32)
-    if xp is np:
-        return cv2.resize(one_by_one, (cells, size), interpolation=cv2.INTER_CUBIC)
-    return resize(from_numpy(one_by_one)[None, :, :, None], size, 1, "bicubic")[0, ..., 0].T
 
 
 def embed_ladder(
@@ -115,30 +81,39 @@ def embed_regions(
     rule: float,
     xp: Any = None,
 ) -> dict[str, np.ndarray]:
-    """What the judge reads of the largest regions: their embeddings, after the mean-luma rule of
-    the whole photo so that dark ones can be seen, and their tones as they are.
+    """What the judge reads of the largest regions, and of all the rest as one more.
 
-    labels: uint8 H,W, from 1.  rule: the photo's rule strength.  xp: as in `embed_ladder`.
-    Returns clip_regions, region_tones, region_labels and region_areas; rows of absent regions are
-    zero.
+    labels: uint8 H,W, from 1.  rule: the photo's rule strength: regions are embedded after it, so
+    that dark ones can be seen.  xp: as in `embed_ladder`.  Returns clip_regions R+1,E, the rest
+    last, region_labels and region_areas R; rows of absent regions are zero.
     """
     regions, areas = largest_regions(labels_HW, settings)
     count = len(regions)
     found: dict[str, np.ndarray] = {
-        "clip_regions": np.zeros((settings.regions, clip.dim), np.float16),
-        "region_tones": np.zeros((settings.regions, NUM_TONES), np.float32),
         "region_labels": np.zeros(settings.regions, np.uint8),
         "region_areas": np.zeros(settings.regions, np.float32),
     }
-    if not count:
-        return found
-    planes_3HW = np.ascontiguousarray(photo_HW3.transpose(2, 0, 1))
-    ruled = from_numpy(tone.at_levels(settings.family, planes_3HW, rule, xp), xp)[None]
-    crops = [region_crop(ruled, labels_HW == label, clip.size) for label in regions]
-    found["clip_regions"][:count] = to_numpy(clip.embed(namespace(ruled).concat(crops)))
-    found["region_tones"][:count] = region_tones(photo_HW3, labels_HW, regions)
     found["region_labels"][:count], found["region_areas"][:count] = regions, areas
-    return found
+    small = resize(to_float(photo_HW3, xp), REGION_SIDE, REGION_SIDE)
+    ruled = tone.apply(settings.family, small, rule)
+    cells = from_numpy(region_cells(labels_HW, regions, settings.regions)[None], xp)
+    embedded = to_numpy(clip.embed_regions(ruled, small, cells))[0]
+    return found | {"clip_regions": embedded.astype(np.float16)}
+
+
+def region_cells(labels_HW: np.ndarray, regions: list[int], most: int) -> np.ndarray:
+    """Which cells are of which region, by their middle: 1, else 0.  float32 most+1,h,w, those of
+    no region listed last."""
+    count = REGION_SIDE // REGION_CELL
+    rows, columns = (
+        ((np.arange(count) + 0.5) * side / count).astype(int) for side in labels_HW.shape
+    )
+    labels_hw = labels_HW[np.ix_(rows, columns)]
+    cells = np.zeros((most + 1, count, count), np.float32)
+    for row, label in zip(cells, regions, strict=False):
+        row[labels_hw == label] = 1
+    cells[-1] = 1 - cells[:-1].sum(0)
+    return cells
 
 
 def embed_photo(

@@ -35,11 +35,19 @@ class Tower(nn.Module):
 
     def forward(self, x_B3HW: Tensor) -> Tensor:
         """Normalised photos, H and W multiples of 32 -> B,D."""
+        x = self.maps(x_B3HW)[-1]
+        return F.relu6(self.head(x), inplace=True).mean((2, 3)) @ self.project.T
+
+    def maps(self, x_B3HW: Tensor) -> list[Tensor]:
+        """What comes out of the last block at 1/4, 1/8, 1/16 and 1/32."""
         x = F.relu6(self.stem(x_B3HW), inplace=True)
+        found = []
         for block in self.blocks:
             y = block(x)
+            if y.shape[2:] != x.shape[2:]:
+                found.append(x)
             x = x + y if x.shape == y.shape else y
-        return F.relu6(self.head(x), inplace=True).mean((2, 3)) @ self.project.T
+        return [*found[1:], x]  # without that at 1/2
 
 
 def _block(trunk: Mapping[str, Tensor], at: str, stride: int) -> nn.Sequential:

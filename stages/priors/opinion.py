@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from evenlight.stages.priors import tone, tones
+from evenlight.stages.priors import tones
 from evenlight.stages.priors.tones import PERCENTILES
 
 FAMILY = "film"
@@ -29,6 +29,7 @@ WIDTH = 0.4  # of the loss: beyond about twice of it an answer is wrong, not les
 # is moderate: fewer bad photos are left alone, and good ones hardly move.
 SURELY_GOOD = 0.7
 ALL_BUT_SURE = 0.1  # below it
+FAR_OFF = (0.4, 0.9)  # |strength| of a photo, from where on regions differ less, and not at all
 DECISIONS = np.linspace(-LIMIT, LIMIT, 441)
 LOSSES = 1 - np.exp(-((DECISIONS[:, None] - tones.STRENGTHS) ** 2) / (2 * WIDTH**2))
 
@@ -88,35 +89,18 @@ def photo_read(
     )
 
 
-def regions_read(
-    cached: Mapping[str, Any], offsets: Sequence[float], strength: float
-) -> tuple[NDArray[np.float32], ...]:
-    """What a head reads of the regions embedded, and of their photo, which is given `strength`.
-
-    Of the regions: embeddings R,D; tones R,2T; area, its root, and how much lighter than the photo
-    R,3.  Of the photo: embedding D, tones 2T, three strengths 3.
-    """
-    count = int((cached["region_labels"] > 0).sum())
-    rule, areas = float(cached["rule_strength"]), cached["region_areas"][:count]
-    tones_R2T = _before_and_after(cached["region_tones"][:count], strength)
-    own_2T = _before_and_after(cached["tones"][0], strength)
-    after = slice(tones.NUM_TONES, tones.NUM_TONES + len(PERCENTILES))
-    lighter = tones_R2T[:, after].mean(1) - own_2T[after].mean()
-    return _float32(
-        cached["clip_regions"][:count],
-        tones_R2T,
-        np.stack([areas, np.sqrt(areas), lighter], 1),
-        cached["clip_ladder"][list(offsets).index(0.0)],
-        own_2T,
-        [strength, rule, rule - strength],
-    )
+def regions_read(cached: Mapping[str, Any], strength: float) -> tuple[NDArray[np.float32], ...]:
+    """What a head reads of the regions embedded and, last, of the rest, where the photo is given
+    `strength`: embeddings R+1,E, areas R+1, and the rule's strength and how far from it 2."""
+    areas, rule = region_areas(cached), float(cached["rule_strength"])
+    embeddings = cached["clip_regions"][[*range(len(areas) - 1), -1]]
+    return _float32(embeddings, areas, [rule, strength - rule])
 
 
-def _before_and_after(tones_T: NDArray[np.float32], strength: float) -> NDArray[np.float32]:
-    """Tones as they are, then as the curve leaves them, means and shares as they are.  ...,2T."""
-    levels = 3 * len(PERCENTILES)
-    moved = tone.apply(FAMILY, tones_T[..., :levels], strength)
-    return np.concatenate([tones_T, moved, tones_T[..., levels:]], -1)
+def region_areas(cached: Mapping[str, Any]) -> NDArray[np.float32]:
+    """Shares of the photo, of the regions embedded and, last, of the rest.  R+1."""
+    areas = cached["region_areas"][: int((cached["region_labels"] > 0).sum())]
+    return np.append(areas, max(0.0, 1 - areas.sum())).astype(np.float32)
 
 
 def _float32(*values: Any) -> tuple[NDArray[np.float32], ...]:
@@ -168,13 +152,13 @@ def decide(opinion: Opinion, prior_good: float) -> float:
     return float(DECISIONS[int(expected.argmin())])
 
 
-def regional_share(opinion: Opinion, prior_good: float) -> float:
-    """How far regions may differ from their photo: not at all where it is all but surely good, lest
-    a hundredth of doubt more changes a photo that would have stayed as it is."""
+def regional_share(opinion: Opinion, prior_good: float, strength: float) -> float:
+    """How far regions may differ from their photo, which is given `strength`.
+
+    Not at all where it is all but surely good, lest a hundredth of doubt more changes a photo that
+    would have stayed as it is.  Nor where it is far off as a whole: how its regions differ is then
+    the light of the scene, as in the frames of brackets.
+    """
     doubt = (SURELY_GOOD - opinion.good(prior_good)) / ALL_BUT_SURE
-    return min(1.0, max(0.0, doubt))
-
-
-def between(p_S: NDArray[np.float64]) -> float:
-    """The strength of least expected loss between a region and its photo."""
-    return float(DECISIONS[int((LOSSES @ p_S).argmin())])
+    near = (FAR_OFF[1] - abs(strength)) / (FAR_OFF[1] - FAR_OFF[0])
+    return min(1.0, max(0.0, doubt)) * min(1.0, max(0.0, near))

@@ -3,7 +3,8 @@
 FastSAM (fastsam.py), CLIP (clip.py) and prompts (prompts.py) are such; tests pass toys.
 """
 
-# B photos, C channels, H W pixels, D embedding, n texts, M context vectors, E token embedding
+# B photos, C channels, H W pixels, D embedding, R regions, S side of their square, h w its cells,
+# n texts, M context vectors, E embedding of a region, or of a token
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -52,17 +53,23 @@ class Segmenter(Protocol):
 class Embedder(Protocol):
     """Embeds photos.
 
-    fingerprint: hex sha256 of what decides its answers.  dim: D.  size: side of the square it
-    sees, pixels; tone operators work on copies of that size, since they commute well with
+    fingerprint: hex sha256 of what decides its answers.  dim: D.  region_dim: E.  size: side of the
+    square it sees, pixels; tone operators work on copies of that size, since they commute well with
     shrinking.
     """
 
     fingerprint: str
     dim: int
+    region_dim: int
     size: int
 
     def embed(self, rgb_B3HW: Array) -> Array:
         """float in [0, 1] -> float32 B,D of unit norm; differentiable."""
+        ...
+
+    def embed_regions(self, ruled_B3SS: Array, photo_B3SS: Array, cells_BRhw: Array) -> Array:
+        """Photos in [0, 1] after the mean-luma rule and as they are, and which cells are of which
+        region (`ladder.region_cells`) -> float32 B,R,E."""
         ...
 
 
@@ -95,9 +102,7 @@ class Opinions(Protocol):
 
     def opinion(self, cached: Mapping[str, Any], offsets: Sequence[float]) -> Opinion: ...
 
-    def region_opinions(
-        self, cached: Mapping[str, Any], offsets: Sequence[float], strength: float
-    ) -> np.ndarray:
-        """Of the regions embedded, probabilities R,S of the strengths between each and the photo,
-        which is given `strength`."""
+    def region_opinions(self, cached: Mapping[str, Any], strength: float) -> np.ndarray:
+        """Of the regions embedded and, last, the rest: probabilities R+1,S of the strengths between
+        each and the photo, which is given `strength`."""
         ...

@@ -17,7 +17,6 @@ from evenlight.stages.pixels import guided_filter, luma, resize, to_bytes, to_fl
 from evenlight.stages.priors import opinion as judging
 from evenlight.stages.priors import tone
 from evenlight.stages.priors.protocols import Opinions
-from evenlight.stages.priors.region_strengths import region_strengths
 from evenlight.stages.priors.scores import grid_strength
 from evenlight.stages.settings import Settings
 
@@ -54,7 +53,7 @@ def choose(
         p_good, judged = opinion.p_good, opinion.p_S
         start = judging.decide(opinion, settings.judge.prior_good)
         certainty = opinion.certainty(start, settings.judge.prior_good)
-        regional = judging.regional_share(opinion, settings.judge.prior_good)
+        regional = judging.regional_share(opinion, settings.judge.prior_good, start)
     start = float(np.clip(start, -wanted.max_strength, wanted.max_strength))
 
     if wanted.search == "judge" and start != 0.0:
@@ -86,21 +85,21 @@ def by_region(
 ) -> tuple[np.ndarray, Array]:
     """Strengths of the embedded regions (R) and, at 1/4 size, of every pixel (1,1,h,w float32).
 
-    Arguments as `choose`.  start: the photo's strength.  What is in no embedded region moves as all
-    of them do on average.
-    xp: whose array the map is: numpy's, or torch's (None).
+    Arguments as `choose`.  start: the photo's strength, which regions keep on average.  xp: whose
+    array the map is: numpy's, or torch's (None).
     """
     chosen, t_map = _everywhere(photo_HW3, cached, start, xp)
     count = int((cached["region_labels"] > 0).sum())
     if not count or not settings.pseudo_gt.regional:
         return chosen, t_map
-    family, most = settings.ladder.family, settings.pseudo_gt.max_strength
-    p_RS = judge.region_opinions(cached, settings.ladder.offsets, start)
-    chosen[:count] = region_strengths(cached["region_tones"][:count], p_RS, start, family, most)
-    rest = np.average(chosen[:count], weights=cached["region_areas"][:count])
+    apart = judge.region_opinions(cached, start) @ judging.STRENGTHS
+    apart -= np.average(apart, weights=judging.region_areas(cached))
+    most = settings.pseudo_gt.max_strength
+    *of_regions, rest = (start + apart).clip(-most, most)
+    chosen[:count] = of_regions
     strength_of = np.full(256, rest, np.float32)  # label -> strength
-    strength_of[cached["region_labels"][:count]] = chosen[:count]
-    return chosen, _smooth(strength_of[labels_HW], photo_HW3, start, family, xp)
+    strength_of[cached["region_labels"][:count]] = of_regions
+    return chosen, _smooth(strength_of[labels_HW], photo_HW3, start, settings.ladder.family, xp)
 
 
 def _everywhere(
