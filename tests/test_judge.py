@@ -21,6 +21,7 @@ from evenlight.stages.priors.opinion import (
     MOST_DARKENING,
     Opinion,
     decide,
+    in_view_of_regions,
     regional_share,
     regions_read,
 )
@@ -134,6 +135,14 @@ def test_a_far_alternative_does_not_drag_the_answer():
     assert decide(Opinion(0.0, 0.7 * peak(0.5) + 0.3 * peak(-1.5)), 0.5) == pytest.approx(
         0.5, abs=0.03
     )
+
+
+def test_a_photo_is_not_good_whose_regions_are_too_far_apart_unless_it_holds_nothing():
+    areas = np.array([0.5, 0.5], np.float32)
+    for between, good in ((0.3, True), (0.7, False)):  # spread: half of it
+        p_RS = np.stack([peak(0.2), peak(0.2 + between)])
+        assert in_view_of_regions(Opinion(0.9, peak(0.1)), p_RS, areas).p_good == 0.9 * good
+        assert in_view_of_regions(Opinion(1.0, peak(0.1)), p_RS, areas).p_good == 1
 
 
 def test_regions_do_not_differ_in_a_photo_that_is_all_but_surely_good():

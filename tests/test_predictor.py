@@ -52,19 +52,30 @@ def test_a_photo_that_the_judge_finds_good_stays_as_it_is(p_good, predictor, mon
     assert np.array_equal(predictor.correct(photo), photo) == (p_good > 0.5)
 
 
-def test_a_photo_that_is_judged_good_meets_neither_segmenter_nor_network(predictor, monkeypatch):
+def test_a_photo_that_is_judged_good_does_not_meet_the_network(predictor, monkeypatch):
     photo = dark(64, 96, 3, dtype=np.uint16)
 
     def forbidden(*_):
         raise AssertionError
 
-    monkeypatch.setattr(type(predictor.segmenter), "features", forbidden)
+    monkeypatch.setattr(type(predictor.network), "correction_of", forbidden)
     judged(monkeypatch, predictor, 0.9, 1.0)
     corrected = predictor.correct(photo)
     assert np.array_equal(corrected, photo) and corrected is not photo
     judged(monkeypatch, predictor, 0.0, 1.0)
     with pytest.raises(AssertionError):
         predictor.correct(photo)
+
+
+@pytest.mark.parametrize("strength", [0.0, 0.2])
+@pytest.mark.parametrize(("apart", "corrected"), [(0.1, False), (0.8, True)])
+def test_a_photo_of_which_an_object_is_far_off_is_not_good(
+    apart, corrected, strength, predictor, monkeypatch
+):
+    judged(monkeypatch, predictor, 0.9, strength, apart)
+    photo = dark(96, 128, 3)
+    photo[:, 80:] += 90
+    assert np.array_equal(predictor.correct(photo), photo) != corrected
 
 
 @pytest.mark.parametrize("strength", [-1.0, 0.5])
@@ -83,11 +94,11 @@ def test_regions_are_set_apart_as_far_as_the_judge_says_unless_the_photo_is_all_
     photo = dark(96, 128, 3)
     photo[:, 80:] += 90  # another region
     outputs = []
-    for apart in (0.0, 0.5):
+    for apart in (0.0, 0.2):
         judged(monkeypatch, predictor, p_good, 0.5, apart)
         outputs.append(predictor.correct(photo).astype(int))
     moved = np.abs(outputs[1] - outputs[0]).mean()
-    assert moved > 5 if moves else moved < 2
+    assert (moved > 2) == moves, moved
 
 
 def test_strength_0_is_a_copy_of_every_bit_and_half_lies_between(predictor, monkeypatch):

@@ -45,7 +45,9 @@ def test_badly_exposed_photos_come_back_near_the_middle(exposure):
 
 def test_a_well_exposed_photo_is_its_own_pseudo_gt():
     before = photo(0.0)
-    result = chosen(before)
+    whole = np.ones(before.shape[:2], np.uint8)
+    cached = embed_photo(before, whole, ToyClip(), LADDER)
+    result = pseudo_gt.choose(before, whole, cached, ToyJudge(), SETTINGS)
     assert result["strength"] == 0
     assert np.array_equal(result["pseudo_gt"], before)
 
@@ -63,9 +65,9 @@ def test_the_global_baseline_has_one_strength_everywhere():
     assert (result["region_strengths"] == result["strength"]).all()
 
 
-def halves() -> tuple[np.ndarray, np.ndarray, dict[str, np.ndarray]]:
+def halves(*exposures: float) -> tuple[np.ndarray, np.ndarray, dict[str, np.ndarray]]:
     """A dark and a brighter region, and what is cached of them."""
-    both = np.concatenate([photo(-1.4, 1), photo(0.5, 2)], 1)
+    both = np.concatenate([photo(ev, k) for k, ev in enumerate(exposures or (-1.4, 0.5), 1)], 1)
     labels = np.repeat([[1, 2]], 96, 0).repeat(128, 1).astype(np.uint8)
     return both, labels, embed_photo(both, labels, ToyClip(), LADDER)
 
@@ -93,7 +95,7 @@ def test_what_is_in_no_embedded_region_is_judged_as_one_more_and_all_keep_the_ph
 
 
 def test_regions_of_a_photo_that_is_all_but_surely_good_lie_closer_together(monkeypatch):
-    both, labels, cached = halves()
+    both, labels, cached = halves(-0.4, 0.0)
     spreads = []
     for p_good in (0.5, 0.65):
         monkeypatch.setattr(ToyJudge, "opinion", lambda *_, p=p_good: Opinion(p, peak(0.6)))

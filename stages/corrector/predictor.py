@@ -1,9 +1,10 @@
 """The product's act: one photo in, the same photo well exposed out.
 
-A photo is judged first: it stays as it is, or the judge gives the strength that takes it to what it
-is meant to be.  The network, which sees the photo, that strength and the segmenter's features, says
-where and in which channel to depart from it, what fills lost highlights, and the rest.  All of this
-happens at the working size; what it says is applied at full size by apply.py.
+A photo and its regions are judged first: it stays as it is, or the judge gives the strengths that
+take it to what it is meant to be.  The network, which sees the photo, that strength and the
+segmenter's features, says where and in which channel to depart from it, what fills lost highlights,
+and the rest.  All of this happens at the working size; what it says is applied at full size by
+apply.py.
 """
 
 # H W pixels at the priors' size, h w at the network's working size
@@ -24,8 +25,8 @@ from evenlight.stages.pixels import resize
 from evenlight.stages.priors import tone
 from evenlight.stages.priors.ladder import embed_ladder, embed_photo, embed_regions
 from evenlight.stages.priors.opinion import FAMILY, Opinion, asked, decide, regional_share
-from evenlight.stages.priors.protocols import Embedder, Opinions, Segmenter
-from evenlight.stages.priors.pseudo_gt import by_region, choose
+from evenlight.stages.priors.protocols import Embedder, Opinions, Regions, Segmenter
+from evenlight.stages.priors.pseudo_gt import by_region, choose, opinion_of
 from evenlight.stages.settings import Settings
 
 if TYPE_CHECKING:
@@ -76,20 +77,23 @@ class Predictor:
 
         photo: uint8 at the priors' size, sides multiples of 8.
         """
+        regions = self.segmenter.segment(rule_corrected(photo_HW3, self.xp))
         if self.settings.network.head == "residual":  # the paper's: it judges by itself
-            return self._ask_network(photo_HW3, 0.0, None)
-        seen = self._look(photo_HW3)
-        opinion = self.judge.opinion(seen, self._offsets)
+            return self._ask_network(photo_HW3, regions, 0.0, None)
+        seen = self._look(photo_HW3, regions.labels)
+        opinion = opinion_of(seen, self.judge, self._settings)
         prior_good = self.settings.judge.prior_good
         strength = decide(opinion, prior_good)
-        if not strength:
-            return None
         regional = regional_share(opinion, prior_good, strength)
-        return self._ask_network(photo_HW3, strength, seen, regional)
+        if not (strength or regional):
+            return None
+        apart = regional * self._apart(photo_HW3, regions.labels, seen, strength)
+        return self._ask_network(photo_HW3, regions, strength, apart)
 
     def opinion(self, photo_HW3: np.ndarray) -> Opinion:
         """What the judge says.  photo: as in `predict`."""
-        return self.judge.opinion(self._look(photo_HW3), self._offsets)
+        labels = self.segmenter.segment(rule_corrected(photo_HW3, self.xp)).labels
+        return opinion_of(self._look(photo_HW3, labels), self.judge, self._settings)
 
     def on_curve(self, pixels_HW3: np.ndarray) -> np.ndarray:
         """The photo (uint8) on the plain film curve at the judge's strength: no network."""
@@ -110,49 +114,39 @@ class Predictor:
         return chosen | {"regions": regions.labels}
 
     @property
-    def _offsets(self) -> tuple[float, ...]:
-        """Of the rungs that the judge asks."""
-        offsets = self.settings.ladder.offsets
-        return tuple(offsets[rung] for rung in asked(offsets))
-
-    def _look(self, photo_HW3: np.ndarray) -> dict[str, np.ndarray]:
-        """What the judge reads of the photo as a whole."""
+    def _settings(self) -> Settings:
+        """Those of the training, with no rungs but those that the judge asks."""
         ladder = self.settings.ladder
-        return embed_ladder(photo_HW3, self.clip, ladder, self._offsets, self.xp)
+        offsets = tuple(ladder.offsets[rung] for rung in asked(ladder.offsets))
+        ladder = dataclasses.replace(ladder, offsets=offsets)
+        return dataclasses.replace(self.settings, ladder=ladder)
+
+    def _look(self, photo_HW3: np.ndarray, labels_HW: np.ndarray) -> dict[str, np.ndarray]:
+        """What the judge reads of the photo and of its regions."""
+        ladder = self._settings.ladder
+        whole = embed_ladder(photo_HW3, self.clip, ladder, ladder.offsets, self.xp)
+        rule = float(whole["rule_strength"])
+        return whole | embed_regions(photo_HW3, labels_HW, self.clip, ladder, rule, self.xp)
 
     def _ask_network(
-        self,
-        photo_HW3: np.ndarray,
-        strength: float,
-        seen: dict[str, np.ndarray] | None,
-        regional: float = 1.0,
+        self, photo_HW3: np.ndarray, regions: Regions, strength: float, apart_11hw: Array | None
     ) -> Maps:
-        """What the network makes of the judge's strength, regions as far apart as the judge says.
+        """What the network makes of the judge's strength.
 
-        seen: what the judge reads of the photo; None: it is not asked about regions.  regional: the
-        share of what it says of them.
+        apart: how far each pixel's strength is from it besides; None: nowhere.
         """
-        regions = self.segmenter.segment(rule_corrected(photo_HW3, self.xp))
         features = (x[None].astype(np.float32) for x in (regions.proto, regions.p3))
         proto, p3 = (from_numpy(x, self.xp) for x in features)
         inputs = at_working_size(photo_HW3, proto, p3, self.settings.train.size)
         here = self.network.correction_of(*inputs, strength)
-        if seen is not None:
-            apart = self._apart(photo_HW3, regions.labels, seen, strength)
-            apart = resize(apart, *inputs[0].shape[2:])
-            here = here._replace(strength_B3HW=here.strength_B3HW + regional * apart)
+        if apart_11hw is not None:
+            apart = resize(apart_11hw, *inputs[0].shape[2:])
+            here = here._replace(strength_B3HW=here.strength_B3HW + apart)
         return fit_maps(inputs[0], here, self.settings.network.family)
 
     def _apart(
         self, photo_HW3: np.ndarray, labels: np.ndarray, seen: dict[str, np.ndarray], whole: float
     ) -> Array:
         """How far the judge sets each pixel's strength apart from the photo's.  1,1,H/4,W/4."""
-        settings = dataclasses.replace(
-            self.settings,
-            ladder=dataclasses.replace(self.settings.ladder, offsets=self._offsets),
-        )
-        rule = float(seen["rule_strength"])
-        regions = embed_regions(photo_HW3, labels, self.clip, settings.ladder, rule, self.xp)
-        judge, cached = self.judge, seen | regions
-        _, t_map = by_region(photo_HW3, labels, cached, judge, settings, whole, self.xp)
+        _, t_map = by_region(photo_HW3, labels, seen, self.judge, self._settings, whole, self.xp)
         return t_map - whole

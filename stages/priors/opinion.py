@@ -6,7 +6,7 @@ A judge (judge.py, or an exported one) answers with logits; here is what they co
 # T tones, S strengths, K rungs, D embedding, R regions
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -29,6 +29,9 @@ WIDTH = 0.4  # of the loss: beyond about twice of it an answer is wrong, not les
 # is moderate: fewer bad photos are left alone, and good ones hardly move.
 SURELY_GOOD = 0.7
 ALL_BUT_SURE = 0.1  # below it
+# Spread of the strengths that regions want, from which on a photo is not good: of ordinary photos
+# that the judge finds good 1 in 100 has more, of those with an object exposed otherwise 1 in 3.
+UNEVEN = 0.25
 FAR_OFF = (0.4, 0.9)  # |strength| of a photo, from where on regions differ less, and not at all
 DECISIONS = np.linspace(-LIMIT, LIMIT, 441)
 LOSSES = 1 - np.exp(-((DECISIONS[:, None] - tones.STRENGTHS) ** 2) / (2 * WIDTH**2))
@@ -150,6 +153,25 @@ def decide(opinion: Opinion, prior_good: float) -> float:
         return 0.0
     expected = (1 - good) * (LOSSES @ opinion.p_S) + good * LOSSES[:, len(STRENGTHS) // 2]
     return float(DECISIONS[int(expected.argmin())])
+
+
+def in_view_of_regions(
+    opinion: Opinion, p_RS: NDArray[np.float64], areas_R: NDArray[np.float32]
+) -> Opinion:
+    """What the judge says of a photo, once it has seen its regions: one that holds something is not
+    good where they are too far apart.
+
+    p: of the strength between each region, or the rest, and the photo.  areas: shares of it.
+    """
+    apart = strengths_apart(p_RS, areas_R)
+    uneven = float(np.sqrt(np.average(apart**2, weights=areas_R))) > UNEVEN
+    return replace(opinion, p_good=0.0) if uneven and opinion.p_good < 1 else opinion
+
+
+def strengths_apart(p_RS: NDArray[np.float64], areas_R: NDArray[np.float32]) -> NDArray[np.float64]:
+    """How far each region, or the rest, is from the mean of all.  R."""
+    wanted = p_RS @ STRENGTHS.astype(np.float64)
+    return wanted - np.average(wanted, weights=areas_R)
 
 
 def regional_share(opinion: Opinion, prior_good: float, strength: float) -> float:

@@ -49,14 +49,14 @@ def choose(
         added = cached["ladder_clipped"] - cached["clipped"]
         start, certainty = grid_strength(scores, photo_logits, strengths, added), 1.0
     else:
-        opinion = judge.opinion(cached, ladder.offsets)
+        opinion = opinion_of(cached, judge, settings)
         p_good, judged = opinion.p_good, opinion.p_S
         start = judging.decide(opinion, settings.judge.prior_good)
         certainty = opinion.certainty(start, settings.judge.prior_good)
         regional = judging.regional_share(opinion, settings.judge.prior_good, start)
     start = float(np.clip(start, -wanted.max_strength, wanted.max_strength))
 
-    if wanted.search == "judge" and start != 0.0:
+    if wanted.search == "judge" and (start or regional):
         whole = by_region(photo_HW3, labels_HW, cached, judge, settings, start)
         chosen, t_map = (start + regional * (x - start) for x in whole)
     else:
@@ -72,6 +72,17 @@ def choose(
         "confidence": confidence[0, 0].numpy().astype(np.float16),
         "pseudo_gt": re_expose(photo_HW3, t_map[0, 0].half(), ladder.family),
     }
+
+
+def opinion_of(
+    cached: dict[str, np.ndarray], judge: Opinions, settings: Settings
+) -> judging.Opinion:
+    """What the judge says of one photo and of its regions, from its cached embeddings."""
+    opinion = judge.opinion(cached, settings.ladder.offsets)
+    if not settings.pseudo_gt.regional:
+        return opinion
+    p_RS = judge.region_opinions(cached, judging.decide(opinion, 0.0))
+    return judging.in_view_of_regions(opinion, p_RS, judging.region_areas(cached))
 
 
 def by_region(
@@ -92,8 +103,8 @@ def by_region(
     count = int((cached["region_labels"] > 0).sum())
     if not count or not settings.pseudo_gt.regional:
         return chosen, t_map
-    apart = judge.region_opinions(cached, start) @ judging.STRENGTHS
-    apart -= np.average(apart, weights=judging.region_areas(cached))
+    p_RS, areas = judge.region_opinions(cached, start), judging.region_areas(cached)
+    apart = judging.strengths_apart(p_RS, areas)
     most = settings.pseudo_gt.max_strength
     *of_regions, rest = (start + apart).clip(-most, most)
     chosen[:count] = of_regions
