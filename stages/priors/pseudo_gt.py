@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from evenlight.stages.priors.judge import Judge
 
 MAP_SCALE = 4  # the t map is kept at 1/4 of the photo's side
+EDGES = 1e-4  # variance of luma from which on they bound regions: wider and softer leaves halos
 
 
 def choose(
@@ -139,7 +140,7 @@ def _smooth(
     small = resize(to_float(photo_HW3, xp), height, width)
     guide = luma(tone.apply(family, small, start))
     painted = resize(from_numpy(painted_HW, xp)[None, None], height, width)
-    return guided_filter(guide, painted, radius=max(height, width) // 16)
+    return guided_filter(guide, painted, radius=max(1, max(height, width) // 64), eps=EDGES)
 
 
 def _logits(judge: "Judge", embeddings: np.ndarray) -> np.ndarray:
