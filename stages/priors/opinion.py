@@ -32,7 +32,10 @@ ALL_BUT_SURE = 0.1  # below it
 # Spread of the strengths that regions want, from which on a photo is not good: of ordinary photos
 # that the judge finds good 1 in 100 has more, of those with an object exposed otherwise 1 in 3.
 UNEVEN = 0.25
-FAR_OFF = (0.4, 0.9)  # |strength| of a photo, from where on regions differ less, and not at all
+FAR_OFF = (0.4, 0.9)  # |strength| of a photo between which regions come to differ less
+OF_SCENE = (
+    0.3  # how far they still do from there on: brackets want 0 by their best frames, 1 by fusion
+)
 DECISIONS = np.linspace(-LIMIT, LIMIT, 441)
 LOSSES = 1 - np.exp(-((DECISIONS[:, None] - tones.STRENGTHS) ** 2) / (2 * WIDTH**2))
 
@@ -178,9 +181,9 @@ def regional_share(opinion: Opinion, prior_good: float, strength: float) -> floa
     """How far regions may differ from their photo, which is given `strength`.
 
     Not at all where it is all but surely good, lest a hundredth of doubt more changes a photo that
-    would have stayed as it is.  Nor where it is far off as a whole: how its regions differ is then
+    would have stayed as it is.  Less where it is far off as a whole: how its regions differ is then
     the light of the scene, as in the frames of brackets.
     """
     doubt = (SURELY_GOOD - opinion.good(prior_good)) / ALL_BUT_SURE
-    near = (FAR_OFF[1] - abs(strength)) / (FAR_OFF[1] - FAR_OFF[0])
-    return min(1.0, max(0.0, doubt)) * min(1.0, max(0.0, near))
+    near = float(np.interp(abs(strength), FAR_OFF, (1.0, OF_SCENE)))
+    return min(1.0, max(0.0, doubt)) * near
