@@ -381,7 +381,14 @@ def test_doctor_exits_4_naming_what_is_lacking_even_torch(tmp_path, monkeypatch,
 
     monkeypatch.setattr("importlib.metadata.version", version)
     monkeypatch.setattr("evenlight.stages.weights.FOLDER", tmp_path)
-    assert doctor()["lacks"] == ["torch", "zarr", "fastsam-n", "clip-lite0", "judge"]
+    assert doctor()["lacks"] == [
+        "torch",
+        "zarr",
+        "fastsam-n",
+        "clip-lite0",
+        "region-embedder",
+        "judge",
+    ]
     assert run_cli(monkeypatch, "doctor") == 4
     code = (
         "import sys; sys.modules['torch'] = sys.modules['zarr'] = None\n"

@@ -32,6 +32,7 @@ IMPORTERS = {
         "stages/priors/clip.py",
         "stages/priors/fastsam_weights.py",
         "stages/priors/judge.py",
+        "stages/priors/region_embedder.py",
     },
     "tensorboard": {"stages/corrector/events.py"},
     "onnxruntime": {"stages/runtime.py"},
