@@ -26,7 +26,7 @@ from evenlight.stages.priors import tone
 from evenlight.stages.priors.ladder import embed_ladder, embed_photo, embed_regions
 from evenlight.stages.priors.opinion import FAMILY, Opinion, asked, decide, regional_share
 from evenlight.stages.priors.protocols import Embedder, Opinions, Regions, Segmenter
-from evenlight.stages.priors.pseudo_gt import by_region, choose, opinion_of
+from evenlight.stages.priors.pseudo_gt import by_region, choose, opinion_with_regions
 from evenlight.stages.settings import Settings
 
 if TYPE_CHECKING:
@@ -81,7 +81,7 @@ class Predictor:
         if self.settings.network.head == "residual":  # the paper's: it judges by itself
             return self._ask_network(photo_HW3, regions, 0.0, None)
         seen = self._look(photo_HW3, regions.labels)
-        opinion = opinion_of(seen, self.judge, self._settings)
+        opinion = opinion_with_regions(seen, self.judge, self._settings)
         prior_good = self.settings.judge.prior_good
         strength = decide(opinion, prior_good)
         regional = regional_share(opinion, prior_good, strength)
@@ -93,7 +93,7 @@ class Predictor:
     def opinion(self, photo_HW3: np.ndarray) -> Opinion:
         """What the judge says.  photo: as in `predict`."""
         labels = self.segmenter.segment(rule_corrected(photo_HW3, self.xp)).labels
-        return opinion_of(self._look(photo_HW3, labels), self.judge, self._settings)
+        return opinion_with_regions(self._look(photo_HW3, labels), self.judge, self._settings)
 
     def on_curve(self, pixels_HW3: np.ndarray) -> np.ndarray:
         """The photo (uint8) on the plain film curve at the judge's strength: no network."""

@@ -50,7 +50,7 @@ def choose(
         added = cached["ladder_clipped"] - cached["clipped"]
         start, certainty = grid_strength(scores, photo_logits, strengths, added), 1.0
     else:
-        opinion = opinion_of(cached, judge, settings)
+        opinion = opinion_with_regions(cached, judge, settings)
         p_good, judged = opinion.p_good, opinion.p_S
         start = judging.decide(opinion, settings.judge.prior_good)
         certainty = opinion.certainty(start, settings.judge.prior_good)
@@ -75,7 +75,7 @@ def choose(
     }
 
 
-def opinion_of(
+def opinion_with_regions(
     cached: dict[str, np.ndarray], judge: Opinions, settings: Settings
 ) -> judging.Opinion:
     """What the judge says of one photo and of its regions, from its cached embeddings."""
