@@ -10,6 +10,7 @@ apply.py.
 # H W pixels at the priors' size, h w at the network's working size
 
 import dataclasses
+import functools
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
@@ -113,7 +114,7 @@ class Predictor:
         chosen = choose(photo, regions.labels, cached, judge, self.settings)
         return chosen | {"regions": regions.labels}
 
-    @property
+    @functools.cached_property
     def _settings(self) -> Settings:
         """Those of the training, with no rungs but those that the judge asks."""
         ladder = self.settings.ladder
