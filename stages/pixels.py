@@ -1,7 +1,7 @@
 """Operations on pixels that both stages share: luma, resizing, the guided filter.
 
-The guided filter smooths a map without crossing the edges of a guide picture.  All work on torch
-tensors and on NumPy arrays (arrays.py).
+The guided filter smooths a map without crossing the edges of a guide picture: it fits local lines
+over the guide.  All work on torch tensors and on NumPy arrays (arrays.py).
 
 He, Sun, Tang, "Guided Image Filtering" (2013); applying low-resolution coefficients at full
 resolution: He, Sun, "Fast Guided Filter" (2015).
@@ -58,12 +58,6 @@ def coefficients(
     a = covariance / (xp.clip(variance, 0, None) + eps)
     b = map_mean - a * guide_mean
     return box_mean(a, radius), box_mean(b, radius)
-
-
-def guided_filter(guide_B1HW: Array, map_BCHW: Array, *, radius: int, eps: float = 1e-3) -> Array:
-    """The map smoothed along the guide.  Shapes and ranges as `coefficients`."""
-    a, b = coefficients(guide_B1HW, map_BCHW, radius=radius, eps=eps)
-    return a * guide_B1HW + b
 
 
 def resize(x_BCHW: Array, height: int, width: int, mode: str = "bilinear") -> Array:

@@ -87,11 +87,24 @@ def test_what_is_in_no_embedded_region_is_judged_as_one_more_and_all_keep_the_ph
     both[:, 160:200] = 230
     cached = embed_photo(both, labels, ToyClip(), few.ladder)
     assert cached["region_labels"].tolist() == [1, 2]
-    chosen, t_map = pseudo_gt.by_region(both, labels, cached, ToyJudge(), few, -0.2)
-    rest = t_map[0, 0, :, 43:47].mean()
-    assert rest < min(chosen) - 0.4
-    areas = region_areas(cached)
-    assert np.average([*chosen, rest], weights=areas) == pytest.approx(-0.2, abs=0.05)
+    apart = pseudo_gt.apart_by_region(cached, ToyJudge(), few, -0.2)
+    assert apart[2] < min(apart[:2]) - 0.4
+    assert np.average(apart, weights=region_areas(cached)) == pytest.approx(0, abs=1e-6)
+    a, b = (x[0, 0].numpy() for x in pseudo_gt.painted(both, labels, cached, apart))
+    assert not a[:, 170:190].any()
+    for part, wanted in zip((slice(0, 100), slice(210, None), slice(170, 190)), apart, strict=True):
+        np.testing.assert_allclose(b[:, part], wanted, atol=1e-5)
+
+
+def test_the_strength_of_a_region_ends_where_the_photo_says():
+    both, labels, cached = halves()
+    both[:, :131], both[:, 131:] = 60, 180  # three pixels beyond the border of the region map
+    apart = np.array([1.0, 0.0, 0.0], np.float32)
+    a, b = pseudo_gt.painted(both, labels, cached, apart)
+    strength = (a * luma(to_float(both)) + b)[0, 0, 48].numpy()
+    np.testing.assert_allclose(strength[:122], 1, atol=1e-5)
+    np.testing.assert_allclose(strength[135:], 0, atol=1e-5)
+    assert np.diff(strength).argmin() == 130  # from there to the next
 
 
 def test_regions_of_a_photo_that_is_all_but_surely_good_lie_closer_together(monkeypatch):

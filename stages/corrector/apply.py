@@ -9,7 +9,7 @@ lifted (grain.py).  The cost per pixel is constant and memory is bounded by the 
 # H W full-size pixels, h w working-size pixels
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -19,7 +19,7 @@ import numpy as np
 from evenlight.stages.arrays import Array, from_numpy, like, namespace, to_numpy
 from evenlight.stages.corrector import grain
 from evenlight.stages.corrector.correction import Correction, filled, smooth_luma
-from evenlight.stages.pixels import coefficients, luma
+from evenlight.stages.pixels import coefficients, enlarged, luma, resize
 from evenlight.stages.priors import tone
 
 STRIP_PIXELS = 2**18  # whose maps fit the cache
@@ -34,9 +34,9 @@ Curve = Callable[[Array, Array], Array]  # of values and strengths
 class Maps:
     """A predicted correction at the working size, float32.
 
-    photo: 1,3,h,w in [0, 1].  whole: its strength, 1.  a, b: 1,6,h,w, lines over luma; channels 0-2
-    give the strength per RGB channel, 3-5 the residual.  fill: 1,4,h,w; cover, then the shift per
-    RGB channel.
+    photo: 1,3,h,w in [0, 1].  whole: its strength, 1.  a, b: 1,6,h,w, lines over luma, or of a
+    larger size; channels 0-2 give the strength per RGB channel, 3-5 the residual.  fill: 1,4,h,w;
+    cover, then the shift per RGB channel.
     """
 
     photo: Array
@@ -49,11 +49,21 @@ class Maps:
     def scaled(self, share: float) -> "Maps":
         """So much of the correction: 0 changes nothing."""
         whole, a, b, fill = (share * x for x in (self.whole, self.a, self.b, self.fill))
-        return Maps(photo=self.photo, whole=whole, a=a, b=b, fill=fill, family=self.family)
+        return replace(self, whole=whole, a=a, b=b, fill=fill)
+
+    def apart_by(self, a_11HW: Array, b_11HW: Array) -> "Maps":
+        """With strengths that differ from these besides, by lines of no smaller size."""
+        size = a_11HW.shape[2:]
+        a, b = (
+            namespace(x).concat([large[:, :3] + x, large[:, 3:]], 1)
+            for x, large in ((a_11HW, enlarged(self.a, *size)), (b_11HW, enlarged(self.b, *size)))
+        )
+        return replace(self, a=a, b=b)
 
     def smooth(self) -> Array:
         """`smooth_luma` of the photo as its strengths tone it, 1,1,h,w."""
-        strength = (self.a * luma(self.photo) + self.b)[:, :3]
+        a, b = (resize(x[:, :3], *self.photo.shape[2:]) for x in (self.a, self.b))
+        strength = a * luma(self.photo) + b
         return smooth_luma(tone.apply(self.family, self.photo, strength))
 
 

@@ -22,12 +22,16 @@ from evenlight.stages.corrector.correction import Correction
 from evenlight.stages.corrector.inputs import at_working_size, rule_corrected
 from evenlight.stages.photos.canvas import working
 from evenlight.stages.photos.visible import visible
-from evenlight.stages.pixels import resize
 from evenlight.stages.priors import tone
 from evenlight.stages.priors.ladder import embed_ladder, embed_photo, embed_regions
 from evenlight.stages.priors.opinion import FAMILY, Opinion, asked, decide, regional_share
 from evenlight.stages.priors.protocols import Embedder, Opinions, Regions, Segmenter
-from evenlight.stages.priors.pseudo_gt import by_region, choose, opinion_with_regions
+from evenlight.stages.priors.pseudo_gt import (
+    apart_by_region,
+    choose,
+    opinion_with_regions,
+    painted,
+)
 from evenlight.stages.settings import Settings
 
 if TYPE_CHECKING:
@@ -80,7 +84,7 @@ class Predictor:
         """
         regions = self.segmenter.segment(rule_corrected(photo_HW3, self.xp))
         if self.settings.network.head == "residual":  # the paper's: it judges by itself
-            return self._ask_network(photo_HW3, regions, 0.0, None)
+            return self._ask_network(photo_HW3, regions, 0.0)
         seen = self._look(photo_HW3, regions.labels)
         opinion = opinion_with_regions(seen, self.judge, self._settings)
         prior_good = self.settings.judge.prior_good
@@ -88,8 +92,10 @@ class Predictor:
         regional = regional_share(opinion, prior_good, strength)
         if not (strength or regional):
             return None
-        apart = regional * self._apart(photo_HW3, regions.labels, seen, strength)
-        return self._ask_network(photo_HW3, regions, strength, apart)
+        maps = self._ask_network(photo_HW3, regions, strength)
+        apart = regional * apart_by_region(seen, self.judge, self._settings, strength)
+        lines = painted(photo_HW3, regions.labels, seen, apart, self.xp)
+        return maps.apart_by(*lines) if apart.any() else maps
 
     def opinion(self, photo_HW3: np.ndarray) -> Opinion:
         """What the judge says.  photo: as in `predict`."""
@@ -129,25 +135,10 @@ class Predictor:
         rule = float(whole["rule_strength"])
         return whole | embed_regions(photo_HW3, labels_HW, self.clip, ladder, rule, self.xp)
 
-    def _ask_network(
-        self, photo_HW3: np.ndarray, regions: Regions, strength: float, apart_11hw: Array | None
-    ) -> Maps:
-        """What the network makes of the judge's strength.
-
-        apart: how far each pixel's strength is from it besides; None: nowhere.
-        """
+    def _ask_network(self, photo_HW3: np.ndarray, regions: Regions, strength: float) -> Maps:
+        """What the network makes of the judge's strength."""
         features = (x[None].astype(np.float32) for x in (regions.proto, regions.p3))
         proto, p3 = (from_numpy(x, self.xp) for x in features)
         inputs = at_working_size(photo_HW3, proto, p3, self.settings.train.size)
         here = self.network.correction_of(*inputs, strength)
-        if apart_11hw is not None:
-            apart = resize(apart_11hw, *inputs[0].shape[2:])
-            here = here._replace(strength_B3HW=here.strength_B3HW + apart)
         return fit_maps(inputs[0], here, self.settings.network.family)
-
-    def _apart(
-        self, photo_HW3: np.ndarray, labels: np.ndarray, seen: dict[str, np.ndarray], whole: float
-    ) -> Array:
-        """How far the judge sets each pixel's strength apart from the photo's.  1,1,H/4,W/4."""
-        _, t_map = by_region(photo_HW3, labels, seen, self.judge, self._settings, whole, self.xp)
-        return t_map - whole

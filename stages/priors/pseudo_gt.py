@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from evenlight.stages.arrays import Array, from_numpy, to_numpy, without_gradients
-from evenlight.stages.pixels import guided_filter, luma, resize, to_bytes, to_float
+from evenlight.stages.pixels import coefficients, luma, resize, to_bytes, to_float
 from evenlight.stages.priors import opinion as judging
 from evenlight.stages.priors import tone
 from evenlight.stages.priors.protocols import Opinions
@@ -24,7 +24,8 @@ if TYPE_CHECKING:
     from evenlight.stages.priors.judge import Judge
 
 MAP_SCALE = 4  # the t map is kept at 1/4 of the photo's side
-EDGES = 1e-4  # variance of luma from which on they bound regions: wider and softer leaves halos
+BORDER = 3  # reach of the lines by which strengths pass from region to region, pixels
+EDGES = 1e-2  # variance of luma within it from which on they follow edges: wider leaves halos
 
 
 def choose(
@@ -57,12 +58,15 @@ def choose(
         regional = judging.regional_share(opinion, settings.judge.prior_good, start)
     start = float(np.clip(start, -wanted.max_strength, wanted.max_strength))
 
+    height, width = (side // MAP_SCALE for side in labels_HW.shape)
+    chosen = np.full(len(cached["region_labels"]), start, np.float32)
+    t_map = from_numpy(np.full((1, 1, height, width), start, np.float32))
     if wanted.search == "judge" and (start or regional):
-        whole = by_region(photo_HW3, labels_HW, cached, judge, settings, start)
-        chosen, t_map = (start + regional * (x - start) for x in whole)
-    else:
-        chosen, t_map = _everywhere(photo_HW3, cached, start)
-    confidence = certainty * _unclipped_weight(photo_HW3, *t_map.shape[2:])
+        apart = regional * apart_by_region(cached, judge, settings, start)
+        chosen[: len(apart) - 1] += apart[:-1]
+        a, b = painted(photo_HW3, labels_HW, cached, apart)
+        t_map = start + resize(a * luma(to_float(photo_HW3)) + b, height, width)
+    confidence = certainty * _unclipped_weight(photo_HW3, height, width)
     return {
         "scores": scores.astype(np.float32),
         "p_good": np.array(p_good, np.float32),
@@ -86,41 +90,34 @@ def opinion_with_regions(
     return judging.in_view_of_regions(opinion, p_RS, judging.region_areas(cached))
 
 
-def by_region(
+def apart_by_region(
+    cached: dict[str, np.ndarray], judge: Opinions, settings: Settings, start: float
+) -> np.ndarray:
+    """How far the strengths of the embedded regions and, last, of the rest are from the photo's,
+    `start`, which they keep on average.  R+1 for the regions there are, float32."""
+    areas, most = judging.region_areas(cached), settings.pseudo_gt.max_strength
+    if len(areas) == 1 or not settings.pseudo_gt.regional:
+        return np.zeros(len(areas), np.float32)
+    apart = judging.strengths_apart(judge.region_opinions(cached, start), areas)
+    return ((start + apart).clip(-most, most) - start).astype(np.float32)
+
+
+def painted(
     photo_HW3: np.ndarray,
     labels_HW: np.ndarray,
     cached: dict[str, np.ndarray],
-    judge: Opinions,
-    settings: Settings,
-    start: float,
+    apart: np.ndarray,
     xp: Any = None,
-) -> tuple[np.ndarray, Array]:
-    """Strengths of the embedded regions (R) and, at 1/4 size, of every pixel (1,1,h,w float32).
+) -> tuple[Array, Array]:
+    """What `apart_by_region` says, for every pixel: lines a * luma + b over the photo's luma,
+    1,1,H,W float32 each, that pass from region to region along its edges.
 
-    Arguments as `choose`.  start: the photo's strength, which regions keep on average.  xp: whose
-    array the map is: numpy's, or torch's (None).
+    xp: whose arrays they are: numpy's, or torch's (None).
     """
-    chosen, t_map = _everywhere(photo_HW3, cached, start, xp)
-    count = int((cached["region_labels"] > 0).sum())
-    if not count or not settings.pseudo_gt.regional:
-        return chosen, t_map
-    p_RS, areas = judge.region_opinions(cached, start), judging.region_areas(cached)
-    apart = judging.strengths_apart(p_RS, areas)
-    most = settings.pseudo_gt.max_strength
-    *of_regions, rest = (start + apart).clip(-most, most)
-    chosen[:count] = of_regions
-    strength_of = np.full(256, rest, np.float32)  # label -> strength
-    strength_of[cached["region_labels"][:count]] = of_regions
-    return chosen, _smooth(strength_of[labels_HW], photo_HW3, start, settings.ladder.family, xp)
-
-
-def _everywhere(
-    photo_HW3: np.ndarray, cached: dict[str, np.ndarray], strength: float, xp: Any = None
-) -> tuple[np.ndarray, Array]:
-    """The photo's strength for every region, and every pixel at 1/4 size."""
-    height, width = photo_HW3.shape[0] // MAP_SCALE, photo_HW3.shape[1] // MAP_SCALE
-    chosen = np.full(len(cached["region_labels"]), strength, np.float32)
-    return chosen, from_numpy(np.full((1, 1, height, width), strength, np.float32), xp)
+    of_label = np.full(256, apart[-1], np.float32)
+    of_label[cached["region_labels"][: len(apart) - 1]] = apart[:-1]
+    apart_11HW = from_numpy(of_label[labels_HW][None, None], xp)
+    return coefficients(luma(to_float(photo_HW3, xp)), apart_11HW, radius=BORDER, eps=EDGES)
 
 
 def re_expose(photo_HW3: np.ndarray, t_map: Array, family: str) -> np.ndarray:
@@ -130,17 +127,6 @@ def re_expose(photo_HW3: np.ndarray, t_map: Array, family: str) -> np.ndarray:
         return tone.on_bytes(family, photo_HW3, low)
     t = resize(t_map[None, None].float(), *photo_HW3.shape[:2])
     return to_bytes(tone.Table(family, low, high).apply(to_float(photo_HW3), t)).numpy()
-
-
-def _smooth(
-    painted_HW: np.ndarray, photo_HW3: np.ndarray, start: float, family: str, xp: Any
-) -> Array:
-    """Strengths as one smooth map at 1/4 size (1,1,h,w) that follows the edges of the photo."""
-    height, width = (side // MAP_SCALE for side in painted_HW.shape)
-    small = resize(to_float(photo_HW3, xp), height, width)
-    guide = luma(tone.apply(family, small, start))
-    painted = resize(from_numpy(painted_HW, xp)[None, None], height, width)
-    return guided_filter(guide, painted, radius=max(1, max(height, width) // 64), eps=EDGES)
 
 
 def _logits(judge: "Judge", embeddings: np.ndarray) -> np.ndarray:
