@@ -199,7 +199,7 @@ def method_of(folder: Path, features: str) -> Callable[[Case], Photo]:
 
     @torch.inference_mode()
     def corrected(case: Case) -> Photo:
-        given = torch.tensor([case.strength])
+        given = torch.full_like(case.seen[:, :1], case.strength)
         correction = network(case.seen, *case.features[features], given)
         return apply_maps(case.photo, fit_maps(case.seen, correction, "film"))
 

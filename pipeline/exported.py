@@ -16,7 +16,7 @@ from evenlight.pipeline.outputs import CARDS
 from evenlight.stages.corrector.predictor import Predictor
 
 CARD = CARDS["onnx"]
-FORMAT = 3  # 1, 2: regions were embedded by crops
+FORMAT = 4  # 1, 2: regions were embedded by crops; 3: the corrector had one strength
 GRAPHS = {"corrector", "segmenter", "clip", "clip-regions", "judge", "judge-regions"}
 OPEN_SETTINGS = ("run.device", "photo.max_megapixels", "judge.prior_good")  # as load.OPEN_SETTINGS
 

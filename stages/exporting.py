@@ -141,15 +141,15 @@ def _corrector(network: Corrector, size: int) -> Export:
             torch.rand(1, 3, height, width),
             torch.randn(1, PROTO_CHANNELS, height // 4, width // 4),
             torch.randn(1, network.p3_channels, height // 8, width // 8),
-            4 * torch.rand(1) - 2,
+            4 * torch.rand(1, 1, height, width) - 2,
         )
 
-    sides = [{2: step // cell * rows, 3: step // cell * columns} for cell in (1, 4, 8)]
+    sides = [{2: step // cell * rows, 3: step // cell * columns} for cell in (1, 4, 8, 1)]
     return Export(
         owner=network,
         call=network.whole,
-        outputs=("whole", "strength", "cover", "shift", "residual"),
-        shapes=(*sides, {}),
+        outputs=("given", "strength", "cover", "shift", "residual"),
+        shapes=tuple(sides),
         draw=draw,
         most=most,
     )

@@ -109,9 +109,8 @@ class OnnxNetwork:
         self._graph, self._multiple = graph, multiple
 
     def correction_of(
-        self, photo_13HW: Float32, proto_132hw: Float32, p3_1Chw: Float32, strength: float
+        self, photo_13HW: Float32, proto_132hw: Float32, p3_1Chw: Float32, given_11HW: Float32
     ) -> Correction:
         height, width = photo_13HW.shape[2:]
-        inputs = padded(photo_13HW, proto_132hw, p3_1Chw, self._multiple)
-        whole_1, *maps = self._graph(*inputs, np.array([strength], np.float32))
-        return Correction(whole_1, *(x[..., :height, :width] for x in maps))
+        inputs = padded(photo_13HW, proto_132hw, p3_1Chw, given_11HW, self._multiple)
+        return Correction(*(x[..., :height, :width] for x in self._graph(*inputs)))

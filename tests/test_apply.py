@@ -27,7 +27,7 @@ def corrected_by(photo: np.ndarray, strength: Tensor | float, **others: Tensor) 
     t = torch.as_tensor(strength).expand_as(rgb)
     nothing = torch.zeros_like(rgb)
     parts = {
-        "whole_B": t.mean((1, 2, 3)), "strength_B3HW": t, "cover_B1HW": nothing[:, :1],
+        "given_B1HW": nothing[:, :1] + t.mean(), "strength_B3HW": t, "cover_B1HW": nothing[:, :1],
         "shift_B3HW": nothing, "residual_B3HW": nothing,
     }  # fmt: skip
     return apply.fit_maps(rgb, Correction(**(parts | others)), "film")
@@ -142,7 +142,7 @@ def test_a_corrector_answers_the_same_at_the_working_size_and_in_strips():
     rgb = to_float(photo)
     t, residual = (maps.a * luma(rgb) + maps.b).split(3, 1)
     wanted = correct(
-        rgb, Correction(maps.whole, t, maps.fill[:, :1], maps.fill[:, 1:], residual), "film"
+        rgb, Correction(maps.given, t, maps.fill[:, :1], maps.fill[:, 1:], residual), "film"
     )
     found = apply.apply_maps(photo, maps)
     away = np.abs(found.astype(int) - to_bytes(wanted).numpy())

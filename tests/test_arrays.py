@@ -75,7 +75,7 @@ def test_corrections_at_full_size(dtype, strength):
     large = (pixels.enlarged(photo(), 150, 200)[0].transpose(1, 2, 0) * top).astype(dtype)
     small, ramp = photo(), np.linspace(-0.3, 0.3, 64, dtype=np.float32)
     maps = np.broadcast_to(ramp, small.shape).copy()
-    whole = np.array([strength], np.float32)
+    whole = np.full((1, 1, *small.shape[2:]), strength, np.float32)
 
     def corrected(*arrays):
         rgb, whole, part = arrays

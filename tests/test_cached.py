@@ -14,6 +14,7 @@ from evenlight.stages.corrector.batches import Photo
 from evenlight.stages.corrector.cached import READERS, Streamed
 from evenlight.stages.corrector.ranks import ALONE, Ranks
 from evenlight.stages.corrector.streams import Draw, Sample
+from evenlight.stages.corrector.told import Told
 
 NUM_PHOTOS = 40
 
@@ -43,7 +44,9 @@ class Shelf:
 
 def step(*photos: int) -> Draw:
     """A step that needs these photos, and answers that stand beside them."""
-    samples = [Sample("scenes", i, (i + 1) % NUM_PHOTOS, (0, 0), False, None) for i in photos]
+    samples = [
+        Sample("scenes", i, (i + 1) % NUM_PHOTOS, (0, 0), False, None, Told(0, 0)) for i in photos
+    ]
     return Draw(samples, noise=0, view=(0, 0, 8, 8), seen=None)
 
 

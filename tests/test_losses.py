@@ -41,7 +41,7 @@ def sample(**changes) -> Batch:
     photo[:, :, :8, :8] = 1  # blown, among others
     values = {
         "photo": photo,
-        "strength": torch.zeros(4),
+        "given": torch.zeros(4, 1, 32, 32),
         "proto": torch.zeros(4, 32, 8, 8),
         "p3": torch.zeros(4, 6, 4, 4),
         "target": target,
@@ -150,7 +150,9 @@ def test_the_best_guess_for_what_was_lost_is_a_light_one_and_elsewhere_their_mea
 
 def test_only_photos_that_are_darkened_have_lost_what_is_guessed():
     case = sample()
-    case = case._replace(photo=torch.ones_like(case.photo), strength=torch.tensor([-1.0, 1, 0, -2]))
+    case = case._replace(
+        photo=torch.ones_like(case.photo), given=torch.tensor([-1.0, 1, 0, -2]).view(4, 1, 1, 1)
+    )
     assert losses.taken(case).mean((1, 2, 3)).tolist() == [1, 0, 0, 1]
 
 

@@ -28,7 +28,12 @@ def inputs(height: int, width: int, batch: int = 2) -> tuple[Tensor, Tensor, Ten
     photo = torch.rand(batch, 3, height, width, generator=generator)
     proto = torch.randn(batch, 32, -(-height // 4), -(-width // 4), generator=generator)
     p3 = torch.randn(batch, P3, -(-height // 8), -(-width // 8), generator=generator)
-    return photo, proto, p3, torch.linspace(-1.2, 0.7, batch)
+    return photo, proto, p3, flat(photo, torch.linspace(-1.2, 0.7, batch))
+
+
+def flat(photo: Tensor, strengths: Tensor | float) -> Tensor:
+    """One strength for all of a photo."""
+    return torch.zeros_like(photo[:, :1]) + torch.as_tensor(strengths).view(-1, 1, 1, 1)
 
 
 def trained(settings: NetworkSettings = TINY) -> Corrector:
@@ -48,7 +53,7 @@ def test_an_untrained_corrector_is_the_film_curve_at_the_strength_it_is_given(si
     photo[:, :, :8] = 1  # blown
     with torch.no_grad():
         output = correct(photo, network(photo, proto, p3, t), "film")
-    assert torch.equal(output, tone.apply("film", photo, t[:, None, None, None]))
+    assert torch.equal(output, tone.apply("film", photo, t))
     with torch.no_grad():
         output = correct(photo, network(photo, proto, p3, 0 * t), "film")
     assert float((output - photo).abs().max()) < 2e-6
@@ -73,8 +78,8 @@ def test_what_is_lost_rises_smoothly_from_none_to_all():
 def test_fills_act_only_on_values_that_clipping_may_have_taken():
     photo, _, _, t = inputs(32, 32)
     plain = Correction(
-        whole_B=t,
-        strength_B3HW=t[:, None, None, None].expand_as(photo),
+        given_B1HW=t,
+        strength_B3HW=t.expand_as(photo),
         cover_B1HW=torch.zeros(2, 1, 32, 32),
         shift_B3HW=torch.zeros_like(photo),
         residual_B3HW=torch.zeros_like(photo),
@@ -89,7 +94,7 @@ def test_fills_act_only_on_values_that_clipping_may_have_taken():
 def test_a_whole_cover_shows_the_fill_s_colour_and_some_of_the_curve_s_detail():
     photo = torch.full((1, 3, 32, 32), 1.0)
     photo[..., 16:] = 0.996
-    t = torch.tensor([-1.0])
+    t = flat(photo, -1.0)
     colour = torch.tensor([-0.1, 0.0, 0.1]).view(1, 3, 1, 1).expand_as(photo)
     fill = Correction(t, -1.0 + 0 * photo, torch.ones(1, 1, 32, 32), colour, 0 * photo)
     white = tone.apply("film", torch.ones(1), -1.0)
@@ -100,13 +105,15 @@ def test_a_whole_cover_shows_the_fill_s_colour_and_some_of_the_curve_s_detail():
     assert torch.allclose(step / curve, torch.full_like(step, KEPT), atol=0.15)  # less its mean's
 
 
-def test_photos_that_are_not_darkened_are_not_filled():
+def test_what_is_not_darkened_is_not_filled():
     network = trained()
     photo, proto, p3, _ = inputs(32, 32)
-    dark, bright = network(photo, proto, p3, torch.tensor([-0.5, 0.5])).shift_B3HW.detach()
+    t = flat(photo, torch.tensor([-0.5, 0.5]))
+    dark, bright = network(photo, proto, p3, t).shift_B3HW.detach()
     assert float(dark.abs().max()) > 0 and float(bright.abs().max()) == 0
-    cover = network(photo, proto, p3, torch.tensor([-0.5, 0.0])).cover_B1HW.detach()
-    assert float(cover[0].abs().max()) > 0 and float(cover[1].abs().max()) == 0
+    t[..., 16:] = 0.3
+    cover = network(photo, proto, p3, t).cover_B1HW.detach()[0]
+    assert float(cover[..., :16].abs().max()) > 0 and float(cover[..., 16:].abs().max()) == 0
 
 
 @pytest.mark.parametrize("head", ["tone", "residual"])
@@ -185,7 +192,7 @@ def test_answers_keep_their_bounds_and_the_dark_may_change_more():
     photo, proto, p3, t = inputs(32, 32)
     photo[..., :16] *= 0.05
     correction = network(photo, proto, p3, t)
-    offset = correction.strength_B3HW - t[:, None, None, None]
+    offset = correction.strength_B3HW - t
     assert float(offset.abs().max()) <= MAX_OFFSET + 1e-6
     assert float(correction.cover_B1HW.abs().max()) <= 1
     light, dark = MAX_RESIDUAL
@@ -202,21 +209,25 @@ def test_a_photo_that_hardly_changes_is_hardly_departed_from():
         parameter.mul_(1000)  # whatever it answers
     photo, proto, p3, _ = inputs(32, 32)
     for t in (0.0, -0.04, 0.04):
-        answer = network(photo, proto, p3, torch.full((2,), t))
+        answer = network(photo, proto, p3, flat(photo, t))
         share = abs(t) / WHOLE_FROM + 1e-6
         assert float((answer.strength_B3HW - t).abs().max()) <= share * MAX_OFFSET
         assert float(answer.cover_B1HW.abs().max()) <= share
         assert float(answer.shift_B3HW.abs().max()) <= share * MAX_SHIFT
         assert float(answer.residual_B3HW.abs().max()) <= share * max(MAX_RESIDUAL)
-    full = network(photo, proto, p3, torch.full((2,), -WHOLE_FROM))
+    full = network(photo, proto, p3, flat(photo, -WHOLE_FROM))
     assert float(full.cover_B1HW.abs().max()) > 0.99
 
 
 def test_the_answer_depends_on_the_strength_of_the_judge():
     network = trained()
     photo, proto, p3, _ = inputs(64, 64)
-    one, other = (network(photo, proto, p3, torch.full((2,), t)) for t in (-0.5, -1.0))
+    one, other = (network(photo, proto, p3, flat(photo, t)) for t in (-0.5, -1.0))
     assert not torch.allclose(one.residual_B3HW, other.residual_B3HW, atol=1e-3)
+    apart = flat(photo, -0.5)
+    apart[..., 32:] = -1.0
+    both = network(photo, proto, p3, apart).residual_B3HW
+    assert not torch.allclose(both[..., :24], other.residual_B3HW[..., :24], atol=1e-3)
 
 
 def test_bfloat16_autocast_keeps_the_output_finite_and_close():

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from evenlight.cache.errors import UsageError
+from evenlight.stages.corrector import told
 from evenlight.stages.corrector.batches import Batch, take
 from evenlight.stages.corrector.cached import TrainingData
 from evenlight.stages.corrector.camera import Camera, blocky, draw_camera, mis_exposed
@@ -21,6 +22,7 @@ from evenlight.stages.corrector.streams import (
     split_photos,
     validation_draws,
 )
+from evenlight.stages.corrector.told import Told, draw_told
 from evenlight.stages.pixels import luma
 from evenlight.stages.priors import tone
 from evenlight.stages.settings import TrainSettings
@@ -155,14 +157,55 @@ def test_any_frame_is_paired_with_each_middling_one_that_is_exposed_otherwise():
 
 def test_brightness_is_divided_out():
     data = toy_data()
-    settings = replace(SETTINGS, size=32)
+    settings = replace(SETTINGS, size=32, apart=0.0)
     pools, _ = plan_streams(data.about, settings)
     for step in range(4):
         batch = seen(data, settings, step, pools)
-        toned = tone.apply("film", batch.photo, batch.strength[:, None, None, None])
+        assert torch.equal(batch.given.amin((1, 2, 3)), batch.given.amax((1, 2, 3)))
+        toned = tone.apply("film", batch.photo, batch.given)
         got, wanted = (luma(x).mean((1, 2, 3)) for x in (toned, batch.target))
-        within_reach = batch.strength.abs() < 2.9
+        within_reach = batch.given[:, 0, 0, 0].abs() < 2.9
         assert torch.allclose(got[within_reach], wanted[within_reach], atol=0.03)
+
+
+def unevenly_lit() -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """A photo whose right half is too dark, its answer, its two regions, its strength: 0."""
+    target = scene(1)
+    labels = torch.ones(1, 64, 64).byte()
+    labels[..., 32:] = 7
+    strengths = torch.where(labels == 7, -0.8, 0.2)[:, None]
+    return tone.apply("film", target, strengths), target, labels, torch.zeros(1)
+
+
+def test_the_judge_is_taken_to_set_regions_apart_rightly_but_for_its_errors(monkeypatch):
+    photo, target, labels, whole = unevenly_lit()
+    wrong = told.given(photo, target, labels, whole, [Told(1.0, 5)])
+    monkeypatch.setattr(told, "ERROR", 0.0)
+    monkeypatch.setattr(told, "OFF", 0)
+    right, half, none = (
+        told.given(photo, target, labels, whole, [Told(share, 5)])[0, 0] for share in (1.0, 0.5, 0)
+    )
+    assert torch.allclose(right[:, 40:] - right[:, :24].mean(), torch.tensor(1.0), atol=0.08)
+    assert float(right.mean()) == pytest.approx(0, abs=0.02)  # it is of the photo's strength
+    assert torch.allclose(half, right / 2, atol=1e-5) and not none.any()
+    assert float((wrong - right).abs().max()) > 0.1
+
+
+def test_borders_of_what_the_judge_says_lie_a_little_off(monkeypatch):
+    photo, target, labels, whole = unevenly_lit()
+    monkeypatch.setattr(told, "ERROR", 0.0)
+    places = set()
+    for seed in range(30):
+        row = told.given(photo, target, labels, whole, [Told(1.0, seed)])[0, 0, 32]
+        places.add(int((row[8:56] > 0).nonzero()[0]) + 8 - 32)
+    assert min(places) in (-4, -5, -6) and max(places) in (3, 4, 5)
+
+
+def test_what_is_said_of_regions_is_drawn_for_a_share_of_photos():
+    generator = torch.Generator().manual_seed(0)
+    drawn = [draw_told(generator, 0.6) for _ in range(400)]
+    assert 0.5 < sum(one.share > 0 for one in drawn) / 400 < 0.7
+    assert not any(draw_told(generator, 0.0).share for _ in range(50))
 
 
 def test_a_camera_that_errs_in_nothing_keeps_the_photo():

@@ -18,7 +18,7 @@ import numpy as np
 
 from evenlight.stages.arrays import Array, from_numpy, like, namespace, to_numpy
 from evenlight.stages.corrector import grain
-from evenlight.stages.corrector.correction import Correction, filled, smooth_luma
+from evenlight.stages.corrector.correction import Correction, filled, ground
 from evenlight.stages.pixels import coefficients, enlarged, luma, resize
 from evenlight.stages.priors import tone
 
@@ -34,13 +34,13 @@ Curve = Callable[[Array, Array], Array]  # of values and strengths
 class Maps:
     """A predicted correction at the working size, float32.
 
-    photo: 1,3,h,w in [0, 1].  whole: its strength, 1.  a, b: 1,6,h,w, lines over luma, or of a
-    larger size; channels 0-2 give the strength per RGB channel, 3-5 the residual.  fill: 1,4,h,w;
-    cover, then the shift per RGB channel.
+    photo: 1,3,h,w in [0, 1].  given: 1,1,h,w, the judge's strengths.  a, b: 1,6,h,w or larger,
+    lines over luma; channels 0-2 give the strength per RGB channel, 3-5 the residual.  fill:
+    1,4,h,w; cover, then the shift per RGB channel.
     """
 
     photo: Array
-    whole: Array
+    given: Array
     a: Array
     b: Array
     fill: Array
@@ -48,32 +48,35 @@ class Maps:
 
     def scaled(self, share: float) -> "Maps":
         """So much of the correction: 0 changes nothing."""
-        whole, a, b, fill = (share * x for x in (self.whole, self.a, self.b, self.fill))
-        return replace(self, whole=whole, a=a, b=b, fill=fill)
+        given, a, b, fill = (share * x for x in (self.given, self.a, self.b, self.fill))
+        return replace(self, given=given, a=a, b=b, fill=fill)
 
-    def apart_by(self, a_11HW: Array, b_11HW: Array) -> "Maps":
-        """With strengths that differ from these besides, by lines of no smaller size."""
-        size = a_11HW.shape[2:]
-        a, b = (
-            namespace(x).concat([large[:, :3] + x, large[:, 3:]], 1)
-            for x, large in ((a_11HW, enlarged(self.a, *size)), (b_11HW, enlarged(self.b, *size)))
-        )
-        return replace(self, a=a, b=b)
-
-    def smooth(self) -> Array:
-        """`smooth_luma` of the photo as its strengths tone it, 1,1,h,w."""
+    def ground(self) -> Array:
+        """`correction.ground` of the photo as its strengths tone it, 1,1,h,w."""
         a, b = (resize(x[:, :3], *self.photo.shape[2:]) for x in (self.a, self.b))
-        strength = a * luma(self.photo) + b
-        return smooth_luma(tone.apply(self.family, self.photo, strength))
+        toned = tone.apply(self.family, self.photo, a * luma(self.photo) + b)
+        return ground(toned, self.given, self.family)
 
 
-def fit_maps(photo_13hw: Array, correction: Correction, family: str) -> Maps:
-    """What is carried up of the correction of one photo at the working size."""
+def fit_maps(
+    photo_13hw: Array, correction: Correction, family: str, given: tuple[Array, Array] | None = None
+) -> Maps:
+    """What is carried up of the correction of one photo at the working size.
+
+    given: lines of what is given, 1,1,H,W each and of no smaller size; None: they are flat.
+    """
     xp = namespace(photo_13hw)
-    guided = xp.concat([correction.strength_B3HW, correction.residual_B3HW], 1)
-    a, b = coefficients(luma(photo_13hw), guided, radius=GUIDE_RADIUS, eps=GUIDE_EPS)
+    apart = correction.strength_B3HW - correction.given_B1HW
+    guided = xp.concat([apart, correction.residual_B3HW], 1)
+    lines = coefficients(luma(photo_13hw), guided, radius=GUIDE_RADIUS, eps=GUIDE_EPS)
+    given = given or (0 * correction.given_B1HW, correction.given_B1HW)
+    size = given[0].shape[2:]
+    a, b = (
+        xp.concat([x[:, :3] + of_given, x[:, 3:]], 1)
+        for x, of_given in zip((enlarged(x, *size) for x in lines), given, strict=True)
+    )
     fill = xp.concat([correction.cover_B1HW, correction.shift_B3HW], 1)
-    return Maps(photo=photo_13hw, whole=correction.whole_B, a=a, b=b, fill=fill, family=family)
+    return Maps(photo=photo_13hw, given=correction.given_B1HW, a=a, b=b, fill=fill, family=family)
 
 
 def apply_maps(
@@ -91,9 +94,9 @@ def apply_maps(
     rows, columns = window or (slice(0, height), slice(0, width))
     maps, xp = maps.scaled(strength), namespace(maps.a)
     step = max(1, STRIP_PIXELS // (columns.stop - columns.start))
-    share = min(1.0, maps.whole.item() / LIFTED)
+    share = min(1.0, float(maps.given.mean()) / LIFTED)
     deviation = grain.grain_of(pixels_HW3) if share > 0 else 0.0
-    fill = xp.concat([maps.fill, maps.smooth()], 1) if maps.fill.any() else None
+    fill = xp.concat([maps.fill, maps.ground()], 1) if maps.fill.any() else None
     curve = _curve(maps, by_table=pixels_HW3.dtype == np.uint8 and not deviation)
     out = np.empty_like(pixels_HW3[rows, columns])
     for top in range(rows.start, rows.stop, step):
@@ -139,7 +142,7 @@ def _corrected(
     fill: Array | None,
     curve: Curve,
 ) -> Array:
-    """size: of the whole photo, pixels.  fill: that of the maps, with `smooth` behind it."""
+    """size: of the whole photo, pixels.  fill: that of the maps, with `ground` behind it."""
     (height, width), (strip, columns) = size, place
     a, b = (_strip_of(x, strip, height, width)[..., columns] for x in (maps.a, maps.b))
     lines = a * luma(rgb) + b
@@ -148,8 +151,8 @@ def _corrected(
     if fill is None:
         return toned + residual
     fill = _strip_of(fill, strip, height, width)[..., columns]
-    correction = Correction(maps.whole, strength, fill[:, :1], fill[:, 1:4], residual)
-    return filled(rgb, toned, fill[:, 4:], correction, maps.family)
+    correction = Correction(maps.given, strength, fill[:, :1], fill[:, 1:4], residual)
+    return filled(rgb, toned, fill[:, 4:], correction)
 
 
 def _strip_of(low_1Chw: Array, strip: slice, height: int, width: int) -> Array:

@@ -3,7 +3,8 @@
 Three streams teach what a curve cannot do.  `good`: photos that the judge leaves alone, mis-exposed
 by a random camera; the answer is the photo.  `bad`: photos with the pseudo-GT as their answer.
 `scenes`: a frame of a bracket, the answer another frame.  How bright the answer is, is divided out:
-the strength that is given brings the photo to its mean luma, as the judge's will in use.
+the strengths that are given bring the photo to its mean luma, as the judge's will in use, and most
+photos' regions some of the way to theirs (told.py).
 
 Which photos, crops, flips and cameras is a pure function of (seed, step), so that a resumed run
 goes on exactly as if it had not stopped.
@@ -22,10 +23,10 @@ from evenlight.stages.corrector.camera import mis_exposed
 from evenlight.stages.corrector.correction import lost
 from evenlight.stages.corrector.ranks import ALONE, Ranks
 from evenlight.stages.corrector.streams import SMALL_SIDE, Draw, Sample
+from evenlight.stages.corrector.told import FAMILY, given
 from evenlight.stages.pixels import box_mean, luma
 from evenlight.stages.priors import tone
 
-FAMILY = "film"  # by which brightness is divided out: the judge's
 DISAGREE = 0.12  # of two frames at like brightness: something moved
 DISAGREE_RADIUS = 2  # pixels
 CLIPPED = 254 / 255  # from here on a pseudo-GT, made by a curve, does not know
@@ -49,7 +50,7 @@ class Batch(NamedTuple):
     """What the network sees in one step, and what its losses compare the output with."""
 
     photo: Tensor  # f32 B,3,c,c in [0, 1]
-    strength: Tensor  # f32 B, brings the photo to the mean luma of the target
+    given: Tensor  # f32 B,1,c,c, the strengths that the judge is taken to give
     proto: Tensor  # f32 B,32,c/4,c/4
     p3: Tensor  # f32 B,C,c/8,c/8
     target: Tensor  # f32 B,3,c,c
@@ -93,17 +94,17 @@ def take(
     labels = batched((x.regions for x in seen_photos), 1)
     photo = batched((x.photo for x in seen_photos), 1).float() / 255
     photo = _shot(chosen, rows, photo, target, labels)
-    strength = _divided_out(photo, target)
+    whole = _divided_out(photo, target)
     cached = batched((x.confidence for x in seen_photos), 4)[:, None].float()
     cached = F.interpolate(cached, scale_factor=4.0)
     confidence = [
-        _known(sample, photo[row], target[row], strength[row], cached[row])
+        _known(sample, photo[row], target[row], whole[row], cached[row])
         * _inside(sample, extents[sample.photo], crop, device)
         for row, sample in enumerate(samples)
     ]
     return Batch(
         photo=photo,
-        strength=strength,
+        given=given(photo, target, labels, whole, [sample.told for sample in samples]),
         proto=batched((x.proto for x in seen_photos), 4).float(),
         p3=batched((x.p3 for x in seen_photos), 8).float(),
         target=target,
@@ -138,15 +139,13 @@ def _divided_out(photo_B3HW: Tensor, target_B3HW: Tensor) -> Tensor:
     return tone.rule_strength(small, FAMILY, luma(wanted).mean((1, 2, 3)))
 
 
-def _known(
-    sample: Sample, photo: Tensor, target: Tensor, strength: Tensor, cached: Tensor
-) -> Tensor:
+def _known(sample: Sample, photo: Tensor, target: Tensor, whole: Tensor, cached: Tensor) -> Tensor:
     """How far the target of one row is to be believed.  photo, target: 3,c,c.  1,c,c."""
     if sample.stream == "good":
         return torch.ones_like(cached)
     if sample.stream == "bad":
         return cached * (photo.amax(0) < CLIPPED)
-    toned = tone.apply(FAMILY, photo, strength)
+    toned = tone.apply(FAMILY, photo, whole)
     differ = box_mean((luma(toned[None]) - luma(target[None])).abs(), DISAGREE_RADIUS)
     comparable = lost(photo).amax(0) < 0.5  # where it is lost, to disagree is the lesson
     moved = ((differ > DISAGREE) & comparable).float()

@@ -16,12 +16,12 @@ DETAIL_RADIUS = 3  # what is detail, pixels of the working size
 class Correction(NamedTuple):
     """What the corrector answers, float32 at the size of the photo.
 
-    Only photos that are darkened are filled: cover and shift are 0 where whole >= 0.
+    Only what is darkened is filled: cover and shift are 0 where given >= 0.
     """
 
-    # strength of the photo, the judge's; 0 for the residual head
-    whole_B: Array  # noqa: N815
-    # strength of each pixel and channel, within MAX_OFFSET (network.py) of the photo's
+    # strength of each pixel, the judge's; 0 for the residual head
+    given_B1HW: Array  # noqa: N815
+    # strength of each pixel and channel, within MAX_OFFSET (network.py) of it
     strength_B3HW: Array  # noqa: N815
     # how far the fill hides what the curve leaves of a lost pixel, -1 to 1
     cover_B1HW: Array  # noqa: N815
@@ -37,27 +37,28 @@ def lost(photo: Array) -> Array:
     return share * share * (3 - 2 * share)
 
 
-def smooth_luma(toned_B3HW: Array) -> Array:
-    """What is not detail of the luma of a toned photo of the working size.  B,1,H,W."""
-    return box_mean(box_mean(luma(toned_B3HW), DETAIL_RADIUS), DETAIL_RADIUS)
+def ground(toned_B3HW: Array, given_B1HW: Array, family: str) -> Array:
+    """What a whole cover shows of a toned photo of the working size, but for KEPT of its luma: the
+    grey that the strength that is given makes of white, without what is not detail.  B,1,H,W."""
+    white = tone.apply(family, namespace(given_B1HW).ones_like(given_B1HW), given_B1HW)
+    smooth = box_mean(box_mean(luma(toned_B3HW), DETAIL_RADIUS), DETAIL_RADIUS)
+    return white - KEPT * smooth
 
 
 def correct(photo_B3HW: Array, correction: Correction, family: str) -> Array:
     """The corrected photo of the working size, not clamped, float32 B,3,H,W."""
     toned = tone.apply(family, photo_B3HW, float32(correction.strength_B3HW))
-    return filled(photo_B3HW, toned, smooth_luma(toned), correction, family)
+    return filled(photo_B3HW, toned, ground(toned, correction.given_B1HW, family), correction)
 
 
 def filled(
-    photo_B3HW: Array, toned_B3HW: Array, smooth_B1HW: Array, correction: Correction, family: str
+    photo_B3HW: Array, toned_B3HW: Array, ground_B1HW: Array, correction: Correction
 ) -> Array:
     """`correct` of a photo that its curve was applied to: fills and residual.
 
-    smooth: `smooth_luma` of the toned photo.  A fill hides what the curve leaves but for KEPT of
-    its detail: values that clipping may have taken are mostly values that it has not.
+    ground: of the toned photo.  A fill hides what the curve leaves but for KEPT of its detail:
+    values that clipping may have taken are mostly values that it has not.
     """
-    ones_B = namespace(photo_B3HW).ones_like(correction.whole_B)
-    white_B111 = tone.apply(family, ones_B, correction.whole_B)[:, None, None, None]
-    covering = white_B111 + KEPT * (luma(toned_B3HW) - smooth_B1HW)
+    covering = ground_B1HW + KEPT * luma(toned_B3HW)
     fill = correction.cover_B1HW * (covering - toned_B3HW) + correction.shift_B3HW
     return toned_B3HW + lost(float32(photo_B3HW)) * fill + correction.residual_B3HW

@@ -49,12 +49,13 @@ def at_working_size(
 
 
 def padded(
-    photo_B3HW: Array, proto_B32hw: Array, p3_BChw: Array, multiple: int
-) -> tuple[Array, Array, Array]:
+    photo_B3HW: Array, proto_B32hw: Array, p3_BChw: Array, given_B1HW: Array, multiple: int
+) -> tuple[Array, Array, Array, Array]:
     """The same, the sides of the photo brought to multiples (of 8) by repeating its edges."""
     height, width = (side + -side % multiple for side in photo_B3HW.shape[2:])
     return (
         fit(photo_B3HW, height, width),
         fit(proto_B32hw, height // 4, width // 4),
         fit(p3_BChw, height // 8, width // 8),
+        fit(given_B1HW, height, width),
     )

@@ -122,7 +122,7 @@ def charbonnier(
 
 def taken(batch: Batch) -> Tensor:
     """How much of each value of darkened photos clipping may have taken, B,3,c,c."""
-    return lost(batch.photo) * (batch.strength < 0).view(-1, 1, 1, 1)
+    return lost(batch.photo) * (batch.given < 0)
 
 
 def edges(

@@ -1,9 +1,9 @@
 """The corrector: a U-Net of SIMR blocks that gives back what exposure took from a photo.
 
-docs/method.md 6. How bright a photo should be is the judge's word: its film strength comes in.  The
-network answers for structure: where the strength should differ, which colour fills highlights that
-were lost, and a residual.  Untrained it is the film curve at the judge's strength: its head ends in
-zero-initialised layers.
+docs/method.md 6. How bright a photo and its regions should be is the judge's word: film strengths
+come in.  The network answers for structure: where the strength should differ, which colour fills
+highlights that were lost, and a residual.  Untrained it is the film curve at the judge's strengths:
+its head ends in zero-initialised layers.
 """
 
 # B batch, C channels, H W pixels of the photo, h w of a feature map
@@ -21,10 +21,10 @@ from evenlight.stages.pixels import fit, luma
 from evenlight.stages.priors import tone
 from evenlight.stages.settings import SIZES, NetworkSettings
 
-MAX_OFFSET = 1.6  # how far the strength of a pixel may lie from the photo's
+MAX_OFFSET = 1.6  # how far the strength of a pixel may lie from the judge's
 MAX_SHIFT = 1.0  # of a fill's colour from the grey that the curve makes of white
 MAX_RESIDUAL = (0.06, 0.2)  # in light and in the dark, where noise is lifted
-WHOLE_FROM = 0.3  # |strength| of the photo from which on the answer counts in full
+WHOLE_FROM = 0.3  # |strength| (rms of a photo) from which on the answer counts in full
 PROTO_CHANNELS = 32  # FastSAM mask prototypes
 SEEN = 9  # planes that the tone head's network sees: photo, toned photo, what is lost
 # Before the tanh: offset moves slowly, lest training starts with photos too dark or too bright; the
@@ -34,7 +34,7 @@ Layer = TypeVar("Layer", bound=nn.Conv2d)
 
 
 class Corrector(nn.Module):
-    """Predicts a Correction from a photo, its strength, and FastSAM features of its re-exposed
+    """Predicts a Correction from a photo, its strengths, and FastSAM features of its re-exposed
     copy."""
 
     def __init__(self, settings: NetworkSettings, p3_channels: int) -> None:
@@ -72,40 +72,38 @@ class Corrector(nn.Module):
         self.to(memory_format=torch.channels_last)
 
     def forward(
-        self, photo_B3HW: Tensor, proto_B32hw: Tensor, p3_BChw: Tensor, strength_B: Tensor
+        self, photo_B3HW: Tensor, proto_B32hw: Tensor, p3_BChw: Tensor, given_B1HW: Tensor
     ) -> Correction:
         """Predict the correction of photos of any size from 16 pixels up.
 
         photo_B3HW: float RGB in [0, 1], sRGB; proto_B32hw at 1/4 and p3_BChw at 1/8 of its size.
-        strength_B: float, the judge's; the residual head, which answers for brightness too, does
-        not look at it.
+        given_B1HW: float, the judge's strengths; the residual head, which answers for brightness
+        too, does not look at them.
         """
         height, width = photo_B3HW.shape[2:]
-        inputs = padded(photo_B3HW, proto_B32hw, p3_BChw, self.multiple)
-        answer = fit(self._answer(*inputs, strength_B), height, width).float()
-        return self._correction(photo_B3HW, strength_B.float(), answer)
+        inputs = padded(photo_B3HW, proto_B32hw, p3_BChw, given_B1HW.float(), self.multiple)
+        return Correction(*(fit(part, height, width) for part in self.whole(*inputs)))
 
     def whole(
-        self, photo_B3HW: Tensor, proto_B32hw: Tensor, p3_BChw: Tensor, strength_B: Tensor
+        self, photo_B3HW: Tensor, proto_B32hw: Tensor, p3_BChw: Tensor, given_B1HW: Tensor
     ) -> Correction:
         """`forward` of a photo whose sides are multiples of `self.multiple`: what is exported."""
-        answer = self._answer(photo_B3HW, proto_B32hw, p3_BChw, strength_B)
-        return self._correction(photo_B3HW, strength_B, answer)
+        answer = self._answer(photo_B3HW, proto_B32hw, p3_BChw, given_B1HW)
+        return self._correction(photo_B3HW, given_B1HW, answer.float())
 
     @torch.inference_mode()
     def correction_of(
-        self, photo_13HW: Tensor, proto_132hw: Tensor, p3_1Chw: Tensor, strength: float
+        self, photo_13HW: Tensor, proto_132hw: Tensor, p3_1Chw: Tensor, given_11HW: Tensor
     ) -> Correction:
         """`forward` of one photo, whose tensors lie on the CPU, as the answer does."""
         device = next(self.parameters()).device
-        inputs = (x.to(device) for x in (photo_13HW, proto_132hw, p3_1Chw))
-        correction = self(*inputs, torch.tensor([strength], device=device))
-        return Correction(*(part.cpu() for part in correction))
+        inputs = (x.to(device) for x in (photo_13HW, proto_132hw, p3_1Chw, given_11HW))
+        return Correction(*(part.cpu() for part in self(*inputs)))
 
-    def _answer(self, photo: Tensor, proto: Tensor, p3: Tensor, strength_B: Tensor) -> Tensor:
+    def _answer(self, photo: Tensor, proto: Tensor, p3: Tensor, given_B1HW: Tensor) -> Tensor:
         """What the head says, B,10 (residual head: B,3) at the size of the photo, whose sides are
         multiples of `self.multiple`."""
-        x = self.stem(self._seen(photo, strength_B))
+        x = self.stem(self._seen(photo, given_B1HW))
         semantics = self.semantics(
             proto,
             p3,
@@ -122,37 +120,33 @@ class Corrector(nn.Module):
             x = self.decoder[m](x, semantics[m])
         return self.head(x)
 
-    def _seen(self, photo_B3HW: Tensor, strength_B: Tensor) -> Tensor:
+    def _seen(self, photo_B3HW: Tensor, given_B1HW: Tensor) -> Tensor:
         """What the stem reads, at its size."""
         if not self.is_tone:
             seen = self.unshuffle(photo_B3HW)
             return seen.contiguous(memory_format=torch.channels_last)
-        t_B111 = strength_B.float()[:, None, None, None]
         family = self.settings.family
-        toned = tone.apply(family, photo_B3HW, t_B111)
-        white = tone.apply(family, torch.ones_like(t_B111), t_B111)
+        toned = tone.apply(family, photo_B3HW, given_B1HW)
+        white = tone.apply(family, torch.ones_like(given_B1HW), given_B1HW)
         seen = torch.cat([photo_B3HW - 0.5, toned - 0.5, lost(photo_B3HW)], dim=1)
-        seen = self.unshuffle(seen)
-        planes = torch.cat([t_B111, white], dim=1).expand(-1, -1, *seen.shape[2:])
-        seen = torch.cat([seen, planes], dim=1)
+        planes = F.avg_pool2d(torch.cat([given_B1HW, white], dim=1), self.size.stem)
+        seen = torch.cat([self.unshuffle(seen), planes], dim=1)
         return seen.contiguous(memory_format=torch.channels_last)
 
-    def _correction(self, photo: Tensor, strength_B: Tensor, answer: Tensor) -> Correction:
+    def _correction(self, photo: Tensor, given_B1HW: Tensor, answer: Tensor) -> Correction:
         """What the head's answer says of this photo."""
         if not self.is_tone:
             nothing = torch.zeros_like(answer)
-            return Correction(
-                torch.zeros_like(strength_B), nothing, nothing[:, :1], nothing, answer
-            )
+            return Correction(nothing[:, :1], nothing, nothing[:, :1], nothing, answer)
         offset, cover, shift, residual = answer.tanh().split([3, 1, 3, 3], dim=1)
-        t_B111 = strength_B[:, None, None, None]
-        share = (t_B111.abs() / WHOLE_FROM).clamp(max=1)
-        filled = share * (t_B111 < 0)
+        rms_B111 = given_B1HW.square().mean((1, 2, 3), keepdim=True).sqrt()
+        share = (rms_B111 / WHOLE_FROM).clamp(max=1)
+        filled = (-given_B1HW / WHOLE_FROM).clamp(0, 1)
         light, dark = MAX_RESIDUAL
         most = light + (dark - light) * (1 - luma(photo.float())) ** 4
         return Correction(
-            whole_B=strength_B,
-            strength_B3HW=t_B111 + share * MAX_OFFSET * offset,
+            given_B1HW=given_B1HW,
+            strength_B3HW=given_B1HW + share * MAX_OFFSET * offset,
             cover_B1HW=filled * cover,
             shift_B3HW=filled * MAX_SHIFT * shift,
             residual_B3HW=share * most * residual,

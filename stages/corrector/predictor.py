@@ -22,6 +22,7 @@ from evenlight.stages.corrector.correction import Correction
 from evenlight.stages.corrector.inputs import at_working_size, rule_corrected
 from evenlight.stages.photos.canvas import working
 from evenlight.stages.photos.visible import visible
+from evenlight.stages.pixels import luma, resize, to_float
 from evenlight.stages.priors import tone
 from evenlight.stages.priors.ladder import embed_ladder, embed_photo, embed_regions
 from evenlight.stages.priors.opinion import FAMILY, Opinion, asked, decide, regional_share
@@ -42,9 +43,9 @@ class Network(Protocol):
     """A corrector (network.py, or an exported one) as what corrects photos sees it."""
 
     def correction_of(
-        self, photo_13HW: Array, proto_132hw: Array, p3_1Chw: Array, strength: float
+        self, photo_13HW: Array, proto_132hw: Array, p3_1Chw: Array, given_11HW: Array
     ) -> Correction:
-        """Of one photo at the working size, its features at 1/4 and 1/8, and the judge's strength;
+        """Of one photo at the working size, its features at 1/4 and 1/8, and the judge's strengths;
         NumPy, or torch on the CPU, in and out."""
         ...
 
@@ -84,7 +85,7 @@ class Predictor:
         """
         regions = self.segmenter.segment(rule_corrected(photo_HW3, self.xp))
         if self.settings.network.head == "residual":  # the paper's: it judges by itself
-            return self._ask_network(photo_HW3, regions, 0.0)
+            return self._ask_network(photo_HW3, regions, 0.0, None)
         seen = self._look(photo_HW3, regions.labels)
         opinion = opinion_with_regions(seen, self.judge, self._settings)
         prior_good = self.settings.judge.prior_good
@@ -92,10 +93,11 @@ class Predictor:
         regional = regional_share(opinion, prior_good, strength)
         if not (strength or regional):
             return None
-        maps = self._ask_network(photo_HW3, regions, strength)
         apart = regional * apart_by_region(seen, self.judge, self._settings, strength)
+        if not apart.any():
+            return self._ask_network(photo_HW3, regions, strength, None)
         lines = painted(photo_HW3, regions.labels, seen, apart, self.xp)
-        return maps.apart_by(*lines) if apart.any() else maps
+        return self._ask_network(photo_HW3, regions, strength, lines)
 
     def opinion(self, photo_HW3: np.ndarray) -> Opinion:
         """What the judge says.  photo: as in `predict`."""
@@ -135,10 +137,23 @@ class Predictor:
         rule = float(whole["rule_strength"])
         return whole | embed_regions(photo_HW3, labels_HW, self.clip, ladder, rule, self.xp)
 
-    def _ask_network(self, photo_HW3: np.ndarray, regions: Regions, strength: float) -> Maps:
-        """What the network makes of the judge's strength."""
+    def _ask_network(
+        self,
+        photo_HW3: np.ndarray,
+        regions: Regions,
+        strength: float,
+        apart: tuple[Array, Array] | None,
+    ) -> Maps:
+        """What the network makes of the judge's strengths: the photo's, and lines of how far each
+        pixel's is from it; None: nowhere."""
         features = (x[None].astype(np.float32) for x in (regions.proto, regions.p3))
         proto, p3 = (from_numpy(x, self.xp) for x in features)
         inputs = at_working_size(photo_HW3, proto, p3, self.settings.train.size)
-        here = self.network.correction_of(*inputs, strength)
-        return fit_maps(inputs[0], here, self.settings.network.family)
+        size = inputs[0].shape[2:]
+        given, lines = from_numpy(np.full((1, 1, *size), strength, np.float32), self.xp), None
+        if apart is not None:
+            a, b = apart
+            lines = a, b + strength
+            given = given + resize(a * luma(to_float(photo_HW3, self.xp)) + b, *size)
+        here = self.network.correction_of(*inputs, given)
+        return fit_maps(inputs[0], here, self.settings.network.family, lines)

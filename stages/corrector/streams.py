@@ -19,6 +19,7 @@ from torch.nn import functional as F
 from evenlight.cache.errors import UsageError
 from evenlight.stages.corrector.camera import Camera, draw_camera
 from evenlight.stages.corrector.scenes import find_scenes, pairs
+from evenlight.stages.corrector.told import Told, draw_told
 from evenlight.stages.settings import TrainSettings
 
 log = logging.getLogger(__name__)
@@ -52,6 +53,7 @@ class Sample(NamedTuple):
     corner: tuple[int, int]  # top, left, multiples of 8
     flip: bool
     camera: Camera | None  # of `good`
+    told: Told  # what the judge is taken to say of its regions
 
 
 class Draw(NamedTuple):
@@ -193,7 +195,8 @@ def _sample(
     top, left = (GRID * _integer(max(0, side - crop) // GRID + 1, generator) for side in extent)
     flip = _integer(2, generator) == 1
     camera = draw_camera(generator, settings.uneven) if stream == "good" else None
-    return Sample(stream, *pair, (top, left), flip, camera)
+    told = draw_told(generator, settings.apart)
+    return Sample(stream, *pair, (top, left), flip, camera, told)
 
 
 def _integer(num_choices: int, generator: Generator) -> int:

@@ -137,7 +137,7 @@ def _take_steps(run: Run, data: Photos, models: Frozen, settings: Settings, reco
 
             # forward, in bfloat16 where the device gains; scan, FFT and tone curves stay in float32
             with torch.autocast(device.type, torch.bfloat16, enabled=amp):
-                correction = run.network(batch.photo, batch.proto, batch.p3, batch.strength)
+                correction = run.network(batch.photo, batch.proto, batch.p3, batch.given)
             output = correct(batch.photo, correction, settings.network.family)
             loss, parts = total(batch, output, run.calibration.weights, settings.losses, models)
 
@@ -209,7 +209,7 @@ def validate(network: Corrector, data: Photos, checks: list[Draw], settings: Set
     with closing(data.ready((checks[i] for i in own), ALONE)) as coming:
         for i, (check, photos, _) in zip(own, coming, strict=True):
             batch = take(photos, data.about.extents, check, settings.train.size, device)
-            correction = network(batch.photo, batch.proto, batch.p3, batch.strength)
+            correction = network(batch.photo, batch.proto, batch.p3, batch.given)
             output = correct(batch.photo, correction, settings.network.family).clamp(0, 1)
             error = mse(output, batch.target, batch.confidence)
             values[i] = -10 * error.clamp_min(1e-10).log10()
