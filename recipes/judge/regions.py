@@ -52,6 +52,7 @@ STOPS = (0.4, 3.4)  # between an object and the rest, either way
 # Shots that are wrong as a whole, and those of them of which an object differs too: rarely, so that
 # where a photo is far off, as frames of brackets are, what differs is taken for the scene's.
 WHOLE, WHOLE_TOO = 0.7, 0.25
+WHOLE_STOPS = (0.2, 4.2)  # of them, more often few
 SUBJECT = 1 / 3  # of the photo, that objects of people are often nearest to
 MOVED = (-0.5, 0.5)  # strengths that a frame may be moved by
 # How the photo's head errs, by least squares on 1,500 such shots and 1,170 frames: its strength
@@ -61,6 +62,7 @@ RULE_ERROR = 0.05
 STEPS, SHOTS, FRAMES = 5000, 11, 5  # the latter of a batch
 RATE, DECAY, WARM_UP = 1.5e-3, 0.05, 100
 LEAST_AREA, REST_WEIGHT = 0.004, 0.5
+PHOTO_WEIGHT = 0.5  # of the second opinion, in the loss
 Square = NDArray[np.uint8]  # S,S,3, or S,S labels
 
 
@@ -179,7 +181,9 @@ class Batches(IterableDataset):
         objects = cut(one.objects[0], cv2.INTER_NEAREST) if by_people else labels
         stops = _stops(objects, rng, by_people=by_people)
         if rng.random() < (WHOLE_TOO if stops.any() else WHOLE):
-            stops = stops + np.float32((0.2 + 3 * rng.beta(1, 1.5)) * rng.choice([-1, 1]))
+            least, most = WHOLE_STOPS
+            whole = least + (most - least) * rng.beta(1, 1.5)
+            stops = stops + np.float32(whole * rng.choice([-1, 1]))
         return cut(one.photo, cv2.INTER_AREA), labels, stops
 
     def _frame(self, rng: np.random.Generator) -> tuple[Square, Square, Square]:
@@ -317,20 +321,24 @@ def trained(
 
 
 def _loss(embedder: RegionEmbedder, head: RegionHead, batch: Batch) -> Tensor:
-    """Cross-entropy of the strengths between regions and their mean."""
+    """Cross-entropy of the strengths between regions and their mean, and of this mean."""
     ruled = tone.apply(FAMILY, batch.shot, batch.rule.view(-1, 1, 1, 1))
     areas = _areas(batch.cells)
     given = torch.stack([batch.rule, batch.told - batch.rule], 1)
     with torch.autocast("cpu", torch.bfloat16):
         layout = torch.channels_last
         inputs = ruled.contiguous(memory_format=layout), batch.shot.contiguous(memory_format=layout)
-        logits = head(embedder(*inputs, batch.cells), areas, given).float()
+        answers = head(embedder(*inputs, batch.cells), areas, given)
+    logits, photo = (answer.float() for answer in answers)
     wanted = strengths(batch.shot, batch.meant, batch.cells)
-    between = wanted - (wanted * areas).sum(1, keepdim=True)
+    mean = (wanted * areas).sum(1)
+    between = wanted - mean[:, None]
     labels = soft(between.clamp(-LIMIT, LIMIT).flatten()).reshape(logits.shape)
     weights = areas.sqrt() * (areas > LEAST_AREA)
     weights[:, -1] *= REST_WEIGHT
-    return (-(labels * logits.log_softmax(-1)).sum(-1) * weights).sum() / weights.sum()
+    regions = (-(labels * logits.log_softmax(-1)).sum(-1) * weights).sum() / weights.sum()
+    wholes = -(soft(mean.clamp(-LIMIT, LIMIT)) * photo.log_softmax(-1)).sum(-1).mean()
+    return regions + PHOTO_WEIGHT * wholes
 
 
 def _areas(cells_BRhw: Tensor) -> Tensor:

@@ -134,7 +134,8 @@ def shifted(missing: Tensor, given: Tensor) -> Tensor:
 
 
 class RegionHead(nn.Module):
-    """From the regions of a photo to logits of the strength between each and their mean.
+    """From the regions of a photo to logits of the strength between each and their mean, and to a
+    second opinion of the photo's.
 
     They are looked at together, since an object is too dark or too bright beside others: each layer
     sees a region and the mean of all by area (Zaheer et al., "Deep Sets", 2017).
@@ -148,10 +149,15 @@ class RegionHead(nn.Module):
             nn.Linear(2 * REGION_HIDDEN, REGION_HIDDEN) for _ in range(REGION_LAYERS)
         )
         self.answer = nn.Linear(REGION_HIDDEN, len(STRENGTHS))
+        self.photo = nn.Linear(2 * dim + 1, REGION_HIDDEN)
+        self.photo_layer = nn.Linear(REGION_HIDDEN, REGION_HIDDEN)
+        self.photo_answer = nn.Linear(REGION_HIDDEN, len(STRENGTHS))
         self.drop = nn.Dropout(REGION_DROPOUT)
 
-    def forward(self, embeddings: Tensor, areas: Tensor, given: Tensor) -> Tensor:
-        """As `regions_read` gives them, with the same leading axes; a region of area 0 is none."""
+    def forward(self, embeddings: Tensor, areas: Tensor, given: Tensor) -> tuple[Tensor, Tensor]:
+        """As `regions_read` gives them, with the same leading axes; a region of area 0 is none.
+        Logits of each region ...,R+1,S and of the photo ...,S."""
+        photo = self._photo(embeddings, areas[..., None], given[..., 0])
         areas = areas[..., None]
         given = given[..., None, :].expand(*areas.shape[:-1], -1)
         x = F.gelu(self.region(self.drop(torch.cat([embeddings, areas.sqrt(), given], -1))))
@@ -159,7 +165,16 @@ class RegionHead(nn.Module):
             here = norm(x)
             around = (areas * here).sum(-2, keepdim=True).expand_as(here)
             x = x + F.gelu(layer(self.drop(torch.cat([here, around], -1))))
-        return self.answer(x)
+        return self.answer(x), photo
+
+    def _photo(self, embeddings: Tensor, areas: Tensor, rule: Tensor) -> Tensor:
+        """From mean and spread of the regions, whatever the photo is given."""
+        mean = (areas * embeddings).sum(-2)
+        apart = (embeddings - mean[..., None, :]).square()
+        spread = (areas * apart).sum(-2).clamp(min=1e-6).sqrt()
+        x = F.gelu(self.photo(self.drop(torch.cat([mean, spread, rule[..., None]], -1))))
+        x = x + F.gelu(self.photo_layer(self.drop(x)))
+        return shifted(self.photo_answer(x).log_softmax(-1), rule)
 
 
 class Judge:
