@@ -16,7 +16,8 @@ from evenlight.pipeline.outputs import CARDS
 from evenlight.stages.corrector.predictor import Predictor
 
 CARD = CARDS["onnx"]
-FORMAT = 4  # 1, 2: regions were embedded by crops; 3: the corrector had one strength
+# 1, 2: regions were embedded by crops; 3: one strength a photo, no second opinion of it
+FORMAT = 4
 GRAPHS = {"corrector", "segmenter", "clip", "clip-regions", "judge", "judge-regions"}
 OPEN_SETTINGS = ("run.device", "photo.max_megapixels", "judge.prior_good")  # as load.OPEN_SETTINGS
 

@@ -212,8 +212,8 @@ def _photo_judge(judge: Judge, dim: int, rungs: int) -> Export:
 
 
 def _region_judge(judge: Judge, dim: int, regions: int) -> Export:
-    def answers(*read: Tensor) -> tuple[Tensor]:
-        return (judge.regions(*read).double().softmax(1),)
+    def answers(*read: Tensor) -> tuple[Tensor, ...]:
+        return tuple(logits.double().softmax(-1) for logits in judge.regions(*read))
 
     def draw(regions: int, _: int) -> tuple[Tensor, ...]:
         areas = torch.rand(1 + regions)
@@ -224,7 +224,7 @@ def _region_judge(judge: Judge, dim: int, regions: int) -> Export:
     return Export(
         owner=judge.regions,
         call=answers,
-        outputs=("p",),
+        outputs=("p", "p_photo"),
         shapes=({0: with_rest}, {0: with_rest}, {}),
         draw=draw,
         most=most,

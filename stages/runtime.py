@@ -98,8 +98,10 @@ class OnnxJudge:
         return opinion_of(cached, answer)
 
     def region_opinions(self, cached: Mapping[str, Any], strength: float) -> NDArray[np.float64]:
-        (p_RS,) = self._regions(*regions_read(cached, strength))
-        return p_RS
+        return self._regions(*regions_read(cached, strength))[0]
+
+    def second_opinion(self, cached: Mapping[str, Any]) -> NDArray[np.float64]:
+        return self._regions(*regions_read(cached, 0.0))[1]
 
 
 class OnnxNetwork:

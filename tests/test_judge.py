@@ -22,8 +22,10 @@ from evenlight.stages.priors.opinion import (
     Opinion,
     decide,
     in_view_of_regions,
+    is_beyond_doubt,
     regional_share,
     regions_read,
+    seconded,
 )
 from evenlight.stages.priors.tones import PERCENTILES, tones
 from evenlight.stages.settings import LadderSettings, PseudoGTSettings, Settings
@@ -100,11 +102,21 @@ def region_head():
 @torch.no_grad()
 def test_regions_are_judged_beside_each_other(region_head):
     head, (embeddings, areas, given) = region_head
-    answers = head(embeddings, areas, given)
+    answers, photo = head(embeddings, areas, given)
     order = torch.tensor([3, 0, 4, 1, 2])
-    assert torch.allclose(head(embeddings[order], areas[order], given), answers[order], atol=1e-5)
-    fewer = head(embeddings[:4], areas[:4], given)
-    assert (fewer - answers[:4]).abs().max() > 1e-3
+    ordered, again = head(embeddings[order], areas[order], given)
+    assert torch.allclose(ordered, answers[order], atol=1e-5)
+    assert torch.allclose(again, photo, atol=1e-5)
+    fewer, of_fewer = head(embeddings[:4], areas[:4], given)
+    assert (fewer - answers[:4]).abs().max() > 1e-3 and (of_fewer - photo).abs().max() > 1e-3
+
+
+@torch.no_grad()
+def test_the_second_opinion_of_a_photo_does_not_hear_the_first(region_head):
+    head, (embeddings, areas, given) = region_head
+    answers, photo = head(embeddings, areas, given)
+    others, same = head(embeddings, areas, given + torch.tensor([0, 0.5]))
+    assert torch.equal(photo, same) and not torch.equal(answers, others)
 
 
 @torch.no_grad()
@@ -112,8 +124,10 @@ def test_a_region_without_area_is_none(region_head):
     head, (embeddings, areas, given) = region_head
     areas = areas * torch.tensor([1.0, 1, 1, 0, 1])
     present = torch.tensor([0, 1, 2, 4])
-    alone = head(embeddings[present], areas[present], given)
-    assert torch.allclose(head(embeddings, areas, given)[present], alone, atol=1e-5)
+    alone, of_these = head(embeddings[present], areas[present], given)
+    answers, photo = head(embeddings, areas, given)
+    assert torch.allclose(answers[present], alone, atol=1e-5)
+    assert torch.allclose(photo, of_these, atol=1e-5)
 
 
 # How it decides
@@ -137,12 +151,29 @@ def test_a_far_alternative_does_not_drag_the_answer():
     )
 
 
-def test_a_photo_is_not_good_whose_regions_are_too_far_apart_unless_it_holds_nothing():
+def test_a_second_opinion_moves_the_first_the_more_the_surer_it_is():
+    first = Opinion(0.2, peak(0.4, 0.2))
+    unsure, sure = (seconded(first, peak(0.8, spread)) for spread in (1.0, 0.2))
+    found = [float(one.p_S @ STRENGTHS.double().numpy()) for one in (first, unsure, sure)]
+    assert found[0] < found[1] < found[2] < 0.8
+    assert unsure.p_good == 0.2 and sure.p_S.sum() == pytest.approx(1)
+    black = Opinion(1.0, (STRENGTHS == 0).double().numpy())
+    assert np.array_equal(seconded(black, peak(0.8)).p_S, black.p_S)
+
+
+def test_a_photo_is_not_good_whose_regions_are_too_far_apart_unless_it_is_beyond_doubt():
     areas = np.array([0.5, 0.5], np.float32)
     for between, good in ((0.3, True), (0.7, False)):  # spread: half of it
         p_RS = np.stack([peak(0.2), peak(0.2 + between)])
-        assert in_view_of_regions(Opinion(0.9, peak(0.1)), p_RS, areas).p_good == 0.9 * good
-        assert in_view_of_regions(Opinion(1.0, peak(0.1)), p_RS, areas).p_good == 1
+        assert in_view_of_regions(Opinion(0.8, peak(0.1)), p_RS, areas).p_good == 0.8 * good
+        for sure in (0.9, 1.0):
+            assert in_view_of_regions(Opinion(sure, peak(0.1)), p_RS, areas).p_good == sure
+
+
+def test_a_photo_is_good_beyond_doubt_only_where_it_would_stay_as_it_is():
+    assert is_beyond_doubt(Opinion(0.9, peak(0.8)), 0.5)
+    assert not is_beyond_doubt(Opinion(0.9, peak(0.8)), 0.1)  # few photos are good
+    assert not is_beyond_doubt(Opinion(0.8, peak(0.8)), 0.5)
 
 
 def test_regions_do_not_differ_in_a_photo_that_is_all_but_surely_good():

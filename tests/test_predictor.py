@@ -52,13 +52,16 @@ def test_a_photo_that_the_judge_finds_good_stays_as_it_is(p_good, predictor, mon
     assert np.array_equal(predictor.correct(photo), photo) == (p_good > 0.5)
 
 
-def test_a_photo_that_is_judged_good_does_not_meet_the_network(predictor, monkeypatch):
+def test_a_photo_that_is_judged_good_meets_neither_the_network_nor_are_its_regions_looked_at(
+    predictor, monkeypatch
+):
     photo = dark(64, 96, 3, dtype=np.uint16)
 
     def forbidden(*_):
         raise AssertionError
 
     monkeypatch.setattr(type(predictor.network), "correction_of", forbidden)
+    monkeypatch.setattr(type(predictor.clip), "embed_regions", forbidden)
     judged(monkeypatch, predictor, 0.9, 1.0)
     corrected = predictor.correct(photo)
     assert np.array_equal(corrected, photo) and corrected is not photo
@@ -72,7 +75,7 @@ def test_a_photo_that_is_judged_good_does_not_meet_the_network(predictor, monkey
 def test_a_photo_of_which_an_object_is_far_off_is_not_good(
     apart, corrected, strength, predictor, monkeypatch
 ):
-    judged(monkeypatch, predictor, 0.9, strength, apart)
+    judged(monkeypatch, predictor, 0.8, strength, apart)
     photo = dark(96, 128, 3)
     photo[:, 80:] += 90
     assert np.array_equal(predictor.correct(photo), photo) != corrected
@@ -99,6 +102,16 @@ def test_regions_are_set_apart_as_far_as_the_judge_says_unless_the_photo_is_all_
         outputs.append(predictor.correct(photo).astype(int))
     moved = np.abs(outputs[1] - outputs[0]).mean()
     assert (moved > 2) == moves, moved
+
+
+def test_the_strength_of_a_photo_changes_at_the_edge_of_a_region(predictor, monkeypatch):
+    photo = np.full((96, 128, 3), 40, np.uint8)
+    photo[:, 80:] = 130  # another region
+    judged(monkeypatch, predictor, 0.0, 0.2, 0.4)
+    plain = predictor.correct(photo[:, :80]), predictor.correct(photo[:, 80:])
+    row = predictor.correct(photo)[48, :, 1].astype(int)
+    assert np.ptp(row[:76]) <= 12 and np.ptp(row[84:]) <= 12, row
+    assert abs(int(plain[0].mean()) - row[40]) > 3 or abs(int(plain[1].mean()) - row[110]) > 3
 
 
 def test_strength_0_is_a_copy_of_every_bit_and_half_lies_between(predictor, monkeypatch):

@@ -107,6 +107,13 @@ def test_the_strength_of_a_region_ends_where_the_photo_says():
     assert np.diff(strength).argmin() == 130  # from there to the next
 
 
+def test_a_second_opinion_of_the_photo_is_heard(monkeypatch):
+    before = photo(-1.2)
+    first = float(chosen(before)["strength"])
+    monkeypatch.setattr(ToyJudge, "second_opinion", lambda *_: peak(first + 0.6))
+    assert first + 0.1 < float(chosen(before)["strength"]) < first + 0.5
+
+
 def test_regions_of_a_photo_that_is_all_but_surely_good_lie_closer_together(monkeypatch):
     both, labels, cached = halves(-0.4, 0.0)
     spreads = []

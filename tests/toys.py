@@ -99,6 +99,9 @@ class ToyJudge:
             ]
         )
 
+    def second_opinion(self, cached: dict[str, np.ndarray]) -> np.ndarray:
+        return np.full(len(STRENGTHS), 1 / len(STRENGTHS))
+
 
 def peak(at: float, spread: float = 0.1) -> np.ndarray:
     """Probabilities of the judge's strengths around one of them."""

@@ -1,10 +1,10 @@
 """The product's act: one photo in, the same photo well exposed out.
 
-A photo and its regions are judged first: it stays as it is, or the judge gives the strengths that
-take it to what it is meant to be.  The network, which sees the photo, that strength and the
-segmenter's features, says where and in which channel to depart from it, what fills lost highlights,
-and the rest.  All of this happens at the working size; what it says is applied at full size by
-apply.py.
+A photo is judged first, and unless it is good beyond doubt its regions: it stays as it is, or the
+judge gives the strengths that take it to what it is meant to be.  The network, which sees the photo,
+those strengths and the segmenter's features, says where and in which channel to depart from them,
+what fills lost highlights, and the rest.  All of this happens at the working size; what it says is
+applied at full size by apply.py.
 """
 
 # H W pixels at the priors' size, h w at the network's working size
@@ -25,7 +25,14 @@ from evenlight.stages.photos.visible import visible
 from evenlight.stages.pixels import luma, resize, to_float
 from evenlight.stages.priors import tone
 from evenlight.stages.priors.ladder import embed_ladder, embed_photo, embed_regions
-from evenlight.stages.priors.opinion import FAMILY, Opinion, asked, decide, regional_share
+from evenlight.stages.priors.opinion import (
+    FAMILY,
+    Opinion,
+    asked,
+    decide,
+    is_beyond_doubt,
+    regional_share,
+)
 from evenlight.stages.priors.protocols import Embedder, Opinions, Regions, Segmenter
 from evenlight.stages.priors.pseudo_gt import (
     apart_by_region,
@@ -83,12 +90,15 @@ class Predictor:
 
         photo: uint8 at the priors' size, sides multiples of 8.
         """
-        regions = self.segmenter.segment(rule_corrected(photo_HW3, self.xp))
         if self.settings.network.head == "residual":  # the paper's: it judges by itself
-            return self._ask_network(photo_HW3, regions, 0.0, None)
-        seen = self._look(photo_HW3, regions.labels)
+            return self._ask_network(photo_HW3, self._regions(photo_HW3), 0.0, None)
+        ladder, prior_good = self._settings.ladder, self.settings.judge.prior_good
+        seen = embed_ladder(photo_HW3, self.clip, ladder, ladder.offsets, self.xp)
+        if is_beyond_doubt(self.judge.opinion(seen, ladder.offsets), prior_good):
+            return None
+        regions = self._regions(photo_HW3)
+        seen |= self._look_at(photo_HW3, regions, float(seen["rule_strength"]))
         opinion = opinion_with_regions(seen, self.judge, self._settings)
-        prior_good = self.settings.judge.prior_good
         strength = decide(opinion, prior_good)
         regional = regional_share(opinion, prior_good, strength)
         if not (strength or regional):
@@ -101,8 +111,11 @@ class Predictor:
 
     def opinion(self, photo_HW3: np.ndarray) -> Opinion:
         """What the judge says.  photo: as in `predict`."""
-        labels = self.segmenter.segment(rule_corrected(photo_HW3, self.xp)).labels
-        return opinion_with_regions(self._look(photo_HW3, labels), self.judge, self._settings)
+        ladder = self._settings.ladder
+        seen = embed_ladder(photo_HW3, self.clip, ladder, ladder.offsets, self.xp)
+        rule = float(seen["rule_strength"])
+        seen |= self._look_at(photo_HW3, self._regions(photo_HW3), rule)
+        return opinion_with_regions(seen, self.judge, self._settings)
 
     def on_curve(self, pixels_HW3: np.ndarray) -> np.ndarray:
         """The photo (uint8) on the plain film curve at the judge's strength: no network."""
@@ -117,7 +130,7 @@ class Predictor:
         """
         judge = cast("Judge", self.judge)
         photo = working(pixels_HW3, self.settings.photo.size)
-        regions = self.segmenter.segment(rule_corrected(photo))
+        regions = self._regions(photo)
         cached = embed_photo(photo, regions.labels, self.clip, self.settings.ladder)
         chosen = choose(photo, regions.labels, cached, judge, self.settings)
         return chosen | {"regions": regions.labels}
@@ -130,12 +143,15 @@ class Predictor:
         ladder = dataclasses.replace(ladder, offsets=offsets)
         return dataclasses.replace(self.settings, ladder=ladder)
 
-    def _look(self, photo_HW3: np.ndarray, labels_HW: np.ndarray) -> dict[str, np.ndarray]:
-        """What the judge reads of the photo and of its regions."""
+    def _regions(self, photo_HW3: np.ndarray) -> Regions:
+        return self.segmenter.segment(rule_corrected(photo_HW3, self.xp))
+
+    def _look_at(
+        self, photo_HW3: np.ndarray, regions: Regions, rule: float
+    ) -> dict[str, np.ndarray]:
+        """What the judge reads of the regions."""
         ladder = self._settings.ladder
-        whole = embed_ladder(photo_HW3, self.clip, ladder, ladder.offsets, self.xp)
-        rule = float(whole["rule_strength"])
-        return whole | embed_regions(photo_HW3, labels_HW, self.clip, ladder, rule, self.xp)
+        return embed_regions(photo_HW3, regions.labels, self.clip, ladder, rule, self.xp)
 
     def _ask_network(
         self,

@@ -222,10 +222,18 @@ class Judge:
     def region_opinions(self, cached: Mapping[str, Any], strength: float) -> NDArray[np.float64]:
         """Of the embedded regions and, last, the rest: probabilities of STRENGTHS between each and
         the photo, which is given `strength`.  R+1,S for the regions there are."""
-        read = regions_read(cached, strength)
+        return self._of_regions(cached, strength)[0]
+
+    def second_opinion(self, cached: Mapping[str, Any]) -> NDArray[np.float64]:
+        """Of the photo, from its regions: probabilities of STRENGTHS.  S."""
+        return self._of_regions(cached, 0.0)[1]
+
+    def _of_regions(
+        self, cached: Mapping[str, Any], strength: float
+    ) -> tuple[NDArray[np.float64], ...]:
         with torch.no_grad():
-            logits = self.regions(*map(torch.from_numpy, read))
-        return logits.double().softmax(1).numpy()
+            answers = self.regions(*map(torch.from_numpy, regions_read(cached, strength)))
+        return tuple(logits.double().softmax(-1).numpy() for logits in answers)
 
 
 @functools.cache

@@ -29,9 +29,13 @@ WIDTH = 0.4  # of the loss: beyond about twice of it an answer is wrong, not les
 # is moderate: fewer bad photos are left alone, and good ones hardly move.
 SURELY_GOOD = 0.7
 ALL_BUT_SURE = 0.1  # below it
+SECOND = 0.5  # weight of the opinion that regions give of their photo
 # Spread of the strengths that regions want, from which on a photo is not good: of 181 ordinary
 # photos that the judge finds good none has more, of 23 with an object exposed otherwise 6.
 UNEVEN = 0.3
+BEYOND_DOUBT = (
+    0.85  # p_good above which regions are not asked: none of those 6 is, 42 % of good ones
+)
 FAR_OFF = (0.4, 0.9)  # |strength| of a photo between which regions come to differ less
 OF_SCENE = (
     0.3  # how far they still do from there on: brackets want 0 by their best frames, 1 by fusion
@@ -158,17 +162,29 @@ def decide(opinion: Opinion, prior_good: float) -> float:
     return float(DECISIONS[int(expected.argmin())])
 
 
+def seconded(opinion: Opinion, p_S: NDArray[np.float64]) -> Opinion:
+    """What the judge says of a photo, once a second opinion of its strength is heard too: the
+    product of both, the second's to the power of SECOND."""
+    both = opinion.p_S * p_S**SECOND
+    return replace(opinion, p_S=both / both.sum())
+
+
 def in_view_of_regions(
     opinion: Opinion, p_RS: NDArray[np.float64], areas_R: NDArray[np.float32]
 ) -> Opinion:
-    """What the judge says of a photo, once it has seen its regions: one that holds something is not
-    good where they are too far apart.
+    """What the judge says of a photo, once it has seen its regions: one that holds something, and
+    is not good beyond doubt, is not good where they are too far apart.
 
     p: of the strength between each region, or the rest, and the photo.  areas: shares of it.
     """
     apart = strengths_apart(p_RS, areas_R)
     uneven = float(np.sqrt(np.average(apart**2, weights=areas_R))) > UNEVEN
-    return replace(opinion, p_good=0.0) if uneven and opinion.p_good < 1 else opinion
+    return replace(opinion, p_good=0.0) if uneven and opinion.p_good <= BEYOND_DOUBT else opinion
+
+
+def is_beyond_doubt(opinion: Opinion, prior_good: float) -> bool:
+    """Whether a photo stays as it is whatever its regions are like."""
+    return opinion.p_good > BEYOND_DOUBT and opinion.good(prior_good) > SURELY_GOOD
 
 
 def strengths_apart(p_RS: NDArray[np.float64], areas_R: NDArray[np.float32]) -> NDArray[np.float64]:

@@ -106,3 +106,7 @@ class Opinions(Protocol):
         """Of the regions embedded and, last, the rest: probabilities R+1,S of the strengths between
         each and the photo, which is given `strength`."""
         ...
+
+    def second_opinion(self, cached: Mapping[str, Any]) -> np.ndarray:
+        """Of the photo, from its regions: probabilities of the strengths that would mend it.  S."""
+        ...

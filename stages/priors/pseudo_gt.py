@@ -84,6 +84,7 @@ def opinion_with_regions(
 ) -> judging.Opinion:
     """What the judge says of one photo and of its regions, from its cached embeddings."""
     opinion = judge.opinion(cached, settings.ladder.offsets)
+    opinion = judging.seconded(opinion, judge.second_opinion(cached))
     if not settings.pseudo_gt.regional:
         return opinion
     p_RS = judge.region_opinions(cached, judging.decide(opinion, 0.0))
