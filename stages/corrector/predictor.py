@@ -1,7 +1,7 @@
 """The product's act: one photo in, the same photo well exposed out.
 
 A photo is judged first, and unless it is good beyond doubt its regions: it stays as it is, or the
-judge gives the strengths that take it to what it is meant to be.  The network, which sees the photo,
+judge gives the strengths that take it to what it is meant to be.  The network, which sees photo,
 those strengths and the segmenter's features, says where and in which channel to depart from them,
 what fills lost highlights, and the rest.  All of this happens at the working size; what it says is
 applied at full size by apply.py.
