@@ -340,7 +340,7 @@ MUTANTS = (
            "test_network.py -k not_darkened"),
     Mutant("the judge's own map is carried up by its own lines", "stages/corrector/apply.py",
            "given = given or (", "given = (",
-           "test_predictor.py -k edge_of_a_region"),
+           "test_predictor.py -k no_halo"),
     Mutant("a photo is not good whose regions are too far apart", "stages/priors/opinion.py",
            "replace(opinion, p_good=0.0) if uneven", "replace(opinion, p_good=0.0) if not opinion",
            "test_judge.py -k too_far_apart"),

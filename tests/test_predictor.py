@@ -104,14 +104,13 @@ def test_regions_are_set_apart_as_far_as_the_judge_says_unless_the_photo_is_all_
     assert (moved > 2) == moves, moved
 
 
-def test_the_strength_of_a_photo_changes_at_the_edge_of_a_region(predictor, monkeypatch):
-    photo = np.full((96, 128, 3), 40, np.uint8)
-    photo[:, 80:] = 130  # another region
+def test_strengths_of_regions_leave_no_halo_at_an_edge_of_the_photo(predictor, monkeypatch):
+    photo = np.full((72, 512, 3), 40, np.uint8)
+    photo[:, 320:] = 130  # another region, its border eight pixels wide at the priors' size
     judged(monkeypatch, predictor, 0.0, 0.2, 0.4)
-    plain = predictor.correct(photo[:, :80]), predictor.correct(photo[:, 80:])
-    row = predictor.correct(photo)[48, :, 1].astype(int)
-    assert np.ptp(row[:76]) <= 12 and np.ptp(row[84:]) <= 12, row
-    assert abs(int(plain[0].mean()) - row[40]) > 3 or abs(int(plain[1].mean()) - row[110]) > 3
+    row = predictor.correct(photo)[36, :, 1].astype(int)
+    assert row[250] - row[319] < 18 and row[320] - row[390] < 25
+    assert row[250] > 60 and row[390] < 110  # as the judge says
 
 
 def test_strength_0_is_a_copy_of_every_bit_and_half_lies_between(predictor, monkeypatch):
