@@ -300,7 +300,7 @@ class TrainSettings(Section):
     # what a batch is made of (docs/method.md 7); 0 turns a stream off
     good: int = a_stream(5, meaning="good photos of a batch, mis-exposed")
     uneven: float = a_share(0.5, "training", "of those, with objects exposed otherwise")
-    apart: float = a_share(0.6, "training", "of all photos, with the judge's word on their regions")
+    apart: float = a_share(0.8, "training", "of those, with the judge's word on their regions")
     scenes: int = a_stream(4, meaning="frames of a scene in a batch, to another frame")
     bad: int = a_stream(1, meaning="photos of a batch with their pseudo-GT")
     size: int = a_side(256, "training", "working size: long side, pixels", low=32)

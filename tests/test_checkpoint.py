@@ -289,7 +289,7 @@ def test_a_corrector_comes_back_with_its_settings_info_and_extra_tensors(tmp_pat
     assert loaded.settings == network.settings and not loaded.training
     assert info["priors"] == "abc" and torch.equal(extra["text"], scorer["text"])
     inputs = torch.rand(1, 3, 32, 32), torch.randn(1, 32, 8, 8), torch.randn(1, 6, 4, 4)
-    inputs = (*inputs, torch.tensor([-0.5]))
+    inputs = (*inputs, torch.full((1, 1, 32, 32), -0.5))
     with torch.no_grad():
         assert torch.equal(loaded(*inputs).residual_B3HW, network(*inputs).residual_B3HW)
 

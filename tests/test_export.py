@@ -148,7 +148,7 @@ def test_what_is_amiss_with_a_folder_is_said_in_words(exported, model, tmp_path)
     refused(folder, StoreError, "clip.onnx cannot be read: No such file")
     card = read_json(exported / "evenlight.json")
     for field, value, words in (
-        ("format", 1, "has format 1, this version reads 3"),
+        ("format", 1, "has format 1, this version reads 4"),
         ("graphs", {}, "evenlight.json is damaged: it: .*graphs"),
         ("multiple", 12, "damaged: it: .*multiple 12"),
         ("settings", {"photo": {"sides": 5}}, "settings this version does not know"),

@@ -205,7 +205,14 @@ def test_what_is_said_of_regions_is_drawn_for_a_share_of_photos():
     generator = torch.Generator().manual_seed(0)
     drawn = [draw_told(generator, 0.6) for _ in range(400)]
     assert 0.5 < sum(one.share > 0 for one in drawn) / 400 < 0.7
+    assert {0.4 <= one.share <= 1 for one in drawn if one.share} == {True}
     assert not any(draw_told(generator, 0.0).share for _ in range(50))
+    samples = [
+        s for step in range(30) for s in draw(step, POOLS, [(64, 40)] * 12, SETTINGS).samples
+    ]
+    differ = [s.camera is not None and s.camera.regions >= 0 for s in samples]
+    assert not any(s.told.share for s, apart in zip(samples, differ, strict=True) if not apart)
+    assert any(s.told.share for s in samples)
 
 
 def test_a_camera_that_errs_in_nothing_keeps_the_photo():

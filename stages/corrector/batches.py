@@ -3,8 +3,8 @@
 Three streams teach what a curve cannot do.  `good`: photos that the judge leaves alone, mis-exposed
 by a random camera; the answer is the photo.  `bad`: photos with the pseudo-GT as their answer.
 `scenes`: a frame of a bracket, the answer another frame.  How bright the answer is, is divided out:
-the strengths that are given bring the photo to its mean luma, as the judge's will in use, and most
-photos' regions some of the way to theirs (told.py).
+the strengths that are given bring the photo to its mean luma, as the judge's will in use, and where
+objects were exposed otherwise mostly its regions some of the way to theirs (told.py).
 
 Which photos, crops, flips and cameras is a pure function of (seed, step), so that a resumed run
 goes on exactly as if it had not stopped.

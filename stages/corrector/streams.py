@@ -195,7 +195,8 @@ def _sample(
     top, left = (GRID * _integer(max(0, side - crop) // GRID + 1, generator) for side in extent)
     flip = _integer(2, generator) == 1
     camera = draw_camera(generator, settings.uneven) if stream == "good" else None
-    told = draw_told(generator, settings.apart)
+    differ = camera is not None and camera.regions >= 0
+    told = draw_told(generator, settings.apart if differ else 0.0)
     return Sample(stream, *pair, (top, left), flip, camera, told)
 
 

@@ -21,12 +21,13 @@ FAMILY = "film"  # the judge's
 STEP = 4  # between the pixels that are read
 REACH = 2  # of the lines of a painted map: as pseudo_gt.BORDER, at the working size
 OFF = 4  # how far its borders may lie from the regions', pixels
-ERROR = 0.15  # deviation of what is said of a region
+SHARE = (0.4, 1)  # of the right distance between regions that is told
+ERROR = 0.08  # deviation of what is said of a region
 FARTHEST = 1.5  # strength of a region apart from the photo's
 
 
 class Told(NamedTuple):
-    """share: of the right distance between regions that is told; 0: none, and nothing else."""
+    """share: of the right distance between regions that is told; 0: their photo's strength alone."""
 
     share: float
     seed: int  # of what is wrong with it
@@ -34,9 +35,10 @@ class Told(NamedTuple):
 
 def draw_told(generator: Generator, often: float) -> Told:
     """often: share of photos whose regions are told apart."""
-    apart, share = (float(torch.rand((), generator=generator)) for _ in range(2))
+    drawn, at = (float(torch.rand((), generator=generator)) for _ in range(2))
     seed = int(torch.randint(2**31, (), generator=generator))
-    return Told(share if apart < often else 0.0, seed)
+    low, high = SHARE
+    return Told(low + (high - low) * at if drawn < often else 0.0, seed)
 
 
 def given(
