@@ -27,7 +27,7 @@ FARTHEST = 1.5  # strength of a region apart from the photo's
 
 
 class Told(NamedTuple):
-    """share: of the right distance between regions that is told; 0: their photo's strength alone."""
+    """share: of the right distance between regions that is told; 0: only the photo's strength."""
 
     share: float
     seed: int  # of what is wrong with it
