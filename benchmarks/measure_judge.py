@@ -23,15 +23,13 @@ from numpy.typing import NDArray
 from benchmarks.intervals import Photo, bootstrap
 from evenlight.pipeline.evaluate import open_case
 from evenlight.pipeline.load import load_predictor
-from evenlight.pipeline.models import load_models
 from evenlight.stages.evaluation.sets import list_cases
 from evenlight.stages.photos.canvas import working
+from evenlight.stages.photos.visible import inside_border
+from evenlight.stages.pixels import resize, to_float
 from evenlight.stages.priors import opinion as judging
 from evenlight.stages.priors import tone
-from evenlight.stages.priors.judge import Judge
-from evenlight.stages.priors.ladder import embed_ladder
 from evenlight.stages.priors.opinion import Opinion
-from evenlight.stages.settings import Settings
 from recipes.clip_lite0.photos import image_files
 from recipes.judge.photos import split_of
 
@@ -55,25 +53,22 @@ class Case:
 
 
 class Looker:
-    """The shipped judge with its CLIP, and how long it took."""
+    """The shipped judge, and how long it took."""
 
     def __init__(self) -> None:
-        self.settings = Settings()
-        self.clip = load_models(self.settings).clip
-        self.judge = Judge.shipped(self.clip)
-        self.offsets = tuple(
-            self.settings.ladder.offsets[k] for k in judging.asked(self.settings.ladder.offsets)
-        )
+        self.predictor = load_predictor()
         self.seconds, self.photos = 0.0, 0
 
     def __call__(self, photo: Photo) -> tuple[Opinion, float]:
-        """The opinion, and the rule's strength."""
+        """The opinion, regions heard, and the rule's strength."""
+        seen = working(photo, SIZE)
         start = time.process_time()
-        seen = embed_ladder(working(photo, SIZE), self.clip, self.settings.ladder, self.offsets)
-        opinion = self.judge.opinion(seen, self.offsets)
+        opinion = self.predictor.opinion(seen)
         self.seconds += time.process_time() - start
         self.photos += 1
-        return opinion, float(seen["rule_strength"])
+        side = self.predictor.clip.size
+        small = resize(to_float(inside_border(seen)), side, side)
+        return opinion, float(tone.rule_strength(small, judging.FAMILY)[0])
 
 
 def main() -> None:

@@ -113,6 +113,17 @@ def test_strengths_of_regions_leave_no_halo_at_an_edge_of_the_photo(predictor, m
     assert row[250] > 60 and row[390] < 110  # as the judge says
 
 
+def test_a_picture_on_white_follows_the_curve_alone(predictor, monkeypatch):
+    photo = np.full((96, 128, 3), 252, np.uint8)
+    photo[30:70, 40:90] = (90, 60, 40)
+    judged(monkeypatch, predictor, 0.0, -0.3, 0.8)
+    curve = tone.on_bytes("film", photo, -0.3).astype(int)
+    assert np.abs(predictor.correct(photo) - curve).max() <= 1
+    photo[80:] = 40  # a dark ground: nothing on white
+    curve = tone.on_bytes("film", photo, -0.3).astype(int)
+    assert np.abs(predictor.correct(photo) - curve).max() > 20
+
+
 def test_strength_0_is_a_copy_of_every_bit_and_half_lies_between(predictor, monkeypatch):
     judged(monkeypatch, predictor, 0.0, 1.0)
     photo = dark(80, 72, 3, dtype=np.uint16)

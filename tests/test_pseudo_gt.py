@@ -125,6 +125,19 @@ def test_regions_of_a_photo_that_is_all_but_surely_good_lie_closer_together(monk
     assert 0.1 < spreads[1] < 0.7 * spreads[0]
 
 
+def test_regions_of_a_picture_on_white_stay_together(monkeypatch):
+    both, labels, _ = halves()
+    both[:], both[30:60, 100:150] = 252, 60
+    labels[:] = 1
+    labels[30:60, 100:150] = 2
+    cached = embed_photo(both, labels, ToyClip(), LADDER)
+    monkeypatch.setattr(ToyJudge, "opinion", lambda *_: Opinion(0.2, peak(-0.3)))
+    assert np.ptp(pseudo_gt.choose(both, labels, cached, ToyJudge(), SETTINGS)["t_map"]) == 0
+    both[60:] = 60  # no picture on white any more
+    cached = embed_photo(both, labels, ToyClip(), LADDER)
+    assert np.ptp(pseudo_gt.choose(both, labels, cached, ToyJudge(), SETTINGS)["t_map"]) > 0.1
+
+
 def test_no_region_passes_the_largest_strength():
     both, labels, cached = halves()
     free = pseudo_gt.choose(both, labels, cached, ToyJudge(), SETTINGS)

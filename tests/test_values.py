@@ -30,10 +30,10 @@ EXPECTED = {  # the first values of an array, and how far from them they may be
     "rule_strength": ([0.863638], 1e-3),
     "scores": ([3.480585, -1.52771, -4.572216], 0.01),
     "p_good": ([0.32638], 1e-3),
-    "strength": ([0.35], 0.011),
-    "region_strengths": ([0.28735, 0.392247, 0.301066], 0.011),
-    "t_map": ([0.6792, 0.67871, 0.67969], 0.005),
-    "confidence": ([0.35791, 0.35791, 0.35791], 0.002),
+    "strength": ([0.34], 0.011),
+    "region_strengths": ([0.27739, 0.38222, 0.29114], 0.011),
+    "t_map": ([0.66553, 0.66553, 0.66553], 0.005),
+    "confidence": ([0.34546, 0.34546, 0.34546], 0.002),
     "pseudo_gt": ([27, 16, 11], 1),
 }
 
@@ -58,7 +58,7 @@ def test_an_array_stays_as_it_was(name, made):
 
 def test_a_photo_as_a_whole_stays_as_it_was(made):
     assert made["regions"].max() == 7 and (made["region_labels"] > 0).sum() == 6
-    assert made["pseudo_gt"].mean() == pytest.approx(70.7268, abs=0.05)
+    assert made["pseudo_gt"].mean() == pytest.approx(70.0292, abs=0.05)
 
 
 @pytest.mark.parametrize("family", tone.CURVES)

@@ -31,6 +31,12 @@ class Correction(NamedTuple):
     residual_B3HW: Array  # noqa: N815
 
 
+def plain(given_B1HW: Array) -> Correction:
+    """The curve at the strengths that are given, and nothing else."""
+    nothing = 0 * namespace(given_B1HW).concat([given_B1HW] * 3, 1)
+    return Correction(given_B1HW, nothing + given_B1HW, nothing[:, :1], nothing, nothing)
+
+
 def lost(photo: Array) -> Array:
     """How much of each value clipping may have taken: 0 up to .88, 1 from .995.  Same shape."""
     share = namespace(photo).clip((photo - LOST_FROM) / (LOST_TO - LOST_FROM), 0, 1)

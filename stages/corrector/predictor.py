@@ -18,8 +18,12 @@ import numpy as np
 
 from evenlight.stages.arrays import Array, from_numpy
 from evenlight.stages.corrector.apply import Maps, apply_maps, fit_maps
-from evenlight.stages.corrector.correction import Correction
-from evenlight.stages.corrector.inputs import at_working_size, rule_corrected
+from evenlight.stages.corrector.correction import Correction, plain
+from evenlight.stages.corrector.inputs import (
+    at_working_size,
+    photo_at_working_size,
+    rule_corrected,
+)
 from evenlight.stages.photos.canvas import working
 from evenlight.stages.photos.visible import visible
 from evenlight.stages.pixels import luma, resize, to_float
@@ -31,6 +35,7 @@ from evenlight.stages.priors.opinion import (
     asked,
     decide,
     is_beyond_doubt,
+    is_on_white,
     regional_share,
 )
 from evenlight.stages.priors.protocols import Embedder, Opinions, Regions, Segmenter
@@ -103,6 +108,9 @@ class Predictor:
         regional = regional_share(opinion, prior_good, strength)
         if not (strength or regional):
             return None
+        if is_on_white(seen["tones"][0]):  # which is meant so: no light is lost
+            photo = photo_at_working_size(photo_HW3, self.settings.train.size, self.xp)
+            return fit_maps(photo, plain(strength + 0 * photo[:, :1]), FAMILY)
         apart = regional * apart_by_region(seen, self.judge, self._settings, strength)
         if not apart.any():
             return self._ask_network(photo_HW3, regions, strength, None)

@@ -29,7 +29,9 @@ WIDTH = 0.4  # of the loss: beyond about twice of it an answer is wrong, not les
 # is moderate: fewer bad photos are left alone, and good ones hardly move.
 SURELY_GOOD = 0.7
 ALL_BUT_SURE = 0.1  # below it
-SECOND = 0.5  # weight of the opinion that regions give of their photo
+# Weights of the photo's own opinion of its strength and of the one that its regions give.  They
+# saw one photo: with more in all, what is said would be too sure (docs/judge.md).
+FIRST, SECOND = 0.75, 0.4
 # Spread of the strengths that regions want, from which on a photo is not good: of 181 ordinary
 # photos that the judge finds good none has more, of 23 with an object exposed otherwise 6.
 UNEVEN = 0.3
@@ -164,8 +166,8 @@ def decide(opinion: Opinion, prior_good: float) -> float:
 
 def seconded(opinion: Opinion, p_S: NDArray[np.float64]) -> Opinion:
     """What the judge says of a photo, once a second opinion of its strength is heard too: the
-    product of both, the second's to the power of SECOND."""
-    both = opinion.p_S * p_S**SECOND
+    product of both, each to the power of its weight."""
+    both = opinion.p_S**FIRST * p_S**SECOND
     return replace(opinion, p_S=both / both.sum())
 
 

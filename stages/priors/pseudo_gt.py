@@ -85,7 +85,7 @@ def opinion_with_regions(
     """What the judge says of one photo and of its regions, from its cached embeddings."""
     opinion = judge.opinion(cached, settings.ladder.offsets)
     opinion = judging.seconded(opinion, judge.second_opinion(cached))
-    if not settings.pseudo_gt.regional:
+    if not settings.pseudo_gt.regional or judging.is_on_white(cached["tones"][0]):
         return opinion
     p_RS = judge.region_opinions(cached, judging.decide(opinion, 0.0))
     return judging.in_view_of_regions(opinion, p_RS, judging.region_areas(cached))
@@ -95,9 +95,11 @@ def apart_by_region(
     cached: dict[str, np.ndarray], judge: Opinions, settings: Settings, start: float
 ) -> np.ndarray:
     """How far the strengths of the embedded regions and, last, of the rest are from the photo's,
-    `start`, which they keep on average.  R+1 for the regions there are, float32."""
+    `start`, which they keep on average; 0 in a picture on white.  R+1 for the regions there are,
+    float32."""
     areas, most = judging.region_areas(cached), settings.pseudo_gt.max_strength
-    if len(areas) == 1 or not settings.pseudo_gt.regional:
+    alike = not settings.pseudo_gt.regional or judging.is_on_white(cached["tones"][0])
+    if len(areas) == 1 or alike:
         return np.zeros(len(areas), np.float32)
     apart = judging.strengths_apart(judge.region_opinions(cached, start), areas)
     return ((start + apart).clip(-most, most) - start).astype(np.float32)
