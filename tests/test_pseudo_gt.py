@@ -125,6 +125,18 @@ def test_regions_of_a_photo_that_is_all_but_surely_good_lie_closer_together(monk
     assert 0.1 < spreads[1] < 0.7 * spreads[0]
 
 
+def test_a_small_patch_in_no_embedded_region_goes_with_what_is_around_it():
+    both, labels, cached = halves()
+    apart = np.array([0.4, -0.4, 0.9], np.float32)
+    both[:] = 100
+    labels[40:46, 60:66] = labels[70:76, 200:206] = 9  # two spots, of no region embedded
+    labels[:, 120:136] = 8  # and a band that is no spot
+    _, b = pseudo_gt.painted(both, labels, cached, apart)
+    assert {round(float(b[0, 0, y, x]), 4) for y, x in ((43, 63), (20, 20))} == {0.4}
+    assert {round(float(b[0, 0, y, x]), 4) for y, x in ((73, 203), (20, 230))} == {-0.4}
+    assert float(b[0, 0, 43, 128]) == pytest.approx(0.9, abs=1e-3)
+
+
 def test_regions_of_a_picture_on_white_stay_together(monkeypatch):
     both, labels, _ = halves()
     both[:], both[30:60, 100:150] = 252, 60

@@ -10,6 +10,7 @@ a network of the priors here.
 
 from typing import TYPE_CHECKING, Any
 
+import cv2
 import numpy as np
 
 from evenlight.stages.arrays import Array, from_numpy, to_numpy, without_gradients
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 
 MAP_SCALE = 4  # the t map is kept at 1/4 of the photo's side
 BORDER = 3  # reach of the lines by which strengths pass from region to region, pixels
+PATCH = 0.01  # share of a photo: what is in no region embedded, and less, goes with the nearest
 EDGES = 1e-2  # variance of luma within it from which on they follow edges: wider leaves halos
 
 
@@ -117,10 +119,29 @@ def painted(
 
     xp: whose arrays they are: numpy's, or torch's (None).
     """
+    embedded = cached["region_labels"][: len(apart) - 1]
     of_label = np.full(256, apart[-1], np.float32)
-    of_label[cached["region_labels"][: len(apart) - 1]] = apart[:-1]
-    apart_11HW = from_numpy(of_label[labels_HW][None, None], xp)
+    of_label[embedded] = apart[:-1]
+    painted_HW = of_label[_without_patches(labels_HW, embedded)]
+    apart_11HW = from_numpy(painted_HW[None, None], xp)
     return coefficients(luma(to_float(photo_HW3, xp)), apart_11HW, radius=BORDER, eps=EDGES)
+
+
+def _without_patches(labels_HW: np.ndarray, embedded: np.ndarray) -> np.ndarray:
+    """The labels, where patches that are in no region embedded are gone: a spot on water is judged
+    with the water, not with spots elsewhere."""
+    rest_HW = (~np.isin(labels_HW, embedded)).astype(np.uint8)
+    if rest_HW.all():
+        return labels_HW
+    _, patches_HW, stats, _ = cv2.connectedComponentsWithStats(rest_HW)
+    is_small = stats[:, cv2.CC_STAT_AREA] < PATCH * labels_HW.size
+    _, nearest_HW = cv2.distanceTransformWithLabels(
+        rest_HW, cv2.DIST_L2, 5, labelType=cv2.DIST_LABEL_PIXEL
+    )
+    label_of = np.zeros(nearest_HW.max() + 1, labels_HW.dtype)  # of each pixel that is embedded
+    label_of[nearest_HW[rest_HW == 0]] = labels_HW[rest_HW == 0]
+    gone_HW = is_small[patches_HW] & (rest_HW > 0)
+    return np.where(gone_HW, label_of[nearest_HW], labels_HW)
 
 
 def re_expose(photo_HW3: np.ndarray, t_map: Array, family: str) -> np.ndarray:
