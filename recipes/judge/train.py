@@ -9,7 +9,7 @@ layout `uneven` (benchmarks/bsds_objects.py).  --start: what recipes.clip_lite0 
 and results: clip-lite0.safetensors and .json, region-embedder.safetensors, judge.safetensors.
 --photo-heads: a judge.safetensors whose heads for photos are kept, so that regions alone are
 trained.  Which photos are seen is told by their names (photos.split_of).  Stopped at any moment,
-the same command goes on; the training of regions, 25 minutes of two cores, begins anew.
+the same command goes on; the training of regions, a quarter of an hour of two cores, begins anew.
 """
 
 import argparse

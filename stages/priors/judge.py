@@ -190,7 +190,7 @@ class Judge:
         self.prompts = Scorer.from_tensors(_of("prompts.", self.tensors))
         photo, regions = _of("photo.", self.tensors), _of("regions.", self.tensors)
         self.dim = photo["photo.seen.weight"].shape[1] - 2 * NUM_TONES - 3
-        dim_regions = regions["region.weight"].shape[1] - REGION_NUMBERS
+        dim_regions = regions["photo.weight"].shape[1] // 2
         self.head, self.regions = Head(self.dim).eval(), RegionHead(dim_regions).eval()
         for module, own in ((self.head, photo), (self.regions, regions)):
             module.load_state_dict(own)
