@@ -345,7 +345,7 @@ MUTANTS = (
            "given = given or (", "given = (",
            "test_predictor.py -k no_halo"),
     Mutant("a picture on white is not filled", "stages/corrector/predictor.py",
-           'if is_on_white(seen["tones"][0]):', "if False:",
+           "return self._on_curve(photo_HW3, strength) if strength else None", "pass",
            "test_predictor.py -k on_white"),
     Mutant("regions of a picture on white are not asked", "stages/priors/pseudo_gt.py",
            'alike = not settings.pseudo_gt.regional or judging.is_on_white(cached["tones"][0])',

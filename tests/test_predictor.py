@@ -119,6 +119,9 @@ def test_a_picture_on_white_follows_the_curve_alone(predictor, monkeypatch):
     judged(monkeypatch, predictor, 0.0, -0.3, 0.8)
     curve = tone.on_bytes("film", photo, -0.3).astype(int)
     assert np.abs(predictor.correct(photo) - curve).max() <= 1
+    judged(monkeypatch, predictor, 0.6, 0.0, 0.8)
+    assert predictor.predict(photo) is None  # its regions are not asked
+    judged(monkeypatch, predictor, 0.0, -0.3, 0.8)
     photo[80:] = 40  # a dark ground: nothing on white
     curve = tone.on_bytes("film", photo, -0.3).astype(int)
     assert np.abs(predictor.correct(photo) - curve).max() > 20

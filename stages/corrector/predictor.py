@@ -1,10 +1,10 @@
 """The product's act: one photo in, the same photo well exposed out.
 
 A photo is judged first, and unless it is good beyond doubt its regions: it stays as it is, or the
-judge gives the strengths that take it to what it is meant to be.  The network, which sees photo,
-those strengths and the segmenter's features, says where and in which channel to depart from them,
-what fills lost highlights, and the rest.  All of this happens at the working size; what it says is
-applied at full size by apply.py.
+judge gives the strengths that take it to what it is meant to be.  The network, which sees the
+photo, those strengths and the segmenter's features, says where and in which channel to depart from
+them, what fills lost highlights, and the rest.  All of this happens at the working size; what it
+says is applied at full size by apply.py.
 """
 
 # H W pixels at the priors' size, h w at the network's working size
@@ -105,16 +105,15 @@ class Predictor:
         seen |= self._look_at(photo_HW3, regions, float(seen["rule_strength"]))
         opinion = opinion_with_regions(seen, self.judge, self._settings)
         strength = decide(opinion, prior_good)
+        if is_on_white(seen["tones"][0]):  # which is meant so: no light is lost there
+            return self._on_curve(photo_HW3, strength) if strength else None
         regional = regional_share(opinion, prior_good, strength)
-        if not (strength or regional):
-            return None
-        if is_on_white(seen["tones"][0]):  # which is meant so: no light is lost
-            photo = photo_at_working_size(photo_HW3, self.settings.train.size, self.xp)
-            return fit_maps(photo, plain(strength + 0 * photo[:, :1]), FAMILY)
         apart = regional * apart_by_region(seen, self.judge, self._settings, strength)
-        if not apart.any():
-            return self._ask_network(photo_HW3, regions, strength, None)
-        lines = painted(photo_HW3, regions.labels, seen, apart, self.xp)
+        if not (strength or apart.any()):
+            return None
+        lines = None
+        if apart.any():
+            lines = painted(photo_HW3, regions.labels, seen, apart, self.xp)
         return self._ask_network(photo_HW3, regions, strength, lines)
 
     def opinion(self, photo_HW3: np.ndarray) -> Opinion:
@@ -160,6 +159,10 @@ class Predictor:
         """What the judge reads of the regions."""
         ladder = self._settings.ladder
         return embed_regions(photo_HW3, regions.labels, self.clip, ladder, rule, self.xp)
+
+    def _on_curve(self, photo_HW3: np.ndarray, strength: float) -> Maps:
+        photo = photo_at_working_size(photo_HW3, self.settings.train.size, self.xp)
+        return fit_maps(photo, plain(strength + 0 * photo[:, :1]), FAMILY)
 
     def _ask_network(
         self,

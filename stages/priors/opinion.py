@@ -35,13 +35,11 @@ FIRST, SECOND = 0.75, 0.4
 # Spread of the strengths that regions want, from which on a photo is not good: of 181 ordinary
 # photos that the judge finds good none has more, of 23 with an object exposed otherwise 6.
 UNEVEN = 0.3
-BEYOND_DOUBT = (
-    0.85  # p_good above which regions are not asked: none of those 6 is, 42 % of good ones
-)
+# p_good above which regions are not asked: none of these 6 has more, 42 % of the good ones do.
+BEYOND_DOUBT = 0.85
 FAR_OFF = (0.4, 0.9)  # |strength| of a photo between which regions come to differ less
-OF_SCENE = (
-    0.3  # how far they still do from there on: brackets want 0 by their best frames, 1 by fusion
-)
+# How far they still do from there on: brackets want 0 by their best frames, 1 by their fusion.
+OF_SCENE = 0.3
 DECISIONS = np.linspace(-LIMIT, LIMIT, 441)
 LOSSES = 1 - np.exp(-((DECISIONS[:, None] - tones.STRENGTHS) ** 2) / (2 * WIDTH**2))
 
