@@ -182,7 +182,7 @@ class Judge:
 
     tensors: "photo.*", the state of a Head; "regions.*", of a RegionHead; "prompts.*", of a Scorer.
     dim: D of the embeddings that the photo's head reads; 0: it reads tones alone.  fingerprint:
-    hex sha256 of them all.
+    hex sha256 of them all.  Raises KeyError where a tensor is missing, as of another version.
     """
 
     def __init__(self, tensors: Mapping[str, Tensor]) -> None:
@@ -190,10 +190,10 @@ class Judge:
         self.prompts = Scorer.from_tensors(_of("prompts.", self.tensors))
         photo, regions = _of("photo.", self.tensors), _of("regions.", self.tensors)
         self.dim = photo["photo.seen.weight"].shape[1] - 2 * NUM_TONES - 3
-        dim_regions = regions["photo.weight"].shape[1] // 2
+        dim_regions = regions["region.weight"].shape[1] - REGION_NUMBERS
         self.head, self.regions = Head(self.dim).eval(), RegionHead(dim_regions).eval()
         for module, own in ((self.head, photo), (self.regions, regions)):
-            module.load_state_dict(own)
+            module.load_state_dict(own | {name: own[name] for name in module.state_dict()})
             module.requires_grad_(False)
         self.fingerprint = of_judge({k: tensor.numpy() for k, tensor in self.tensors.items()})
 
