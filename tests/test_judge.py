@@ -36,19 +36,6 @@ OFFSETS = LadderSettings().offsets
 # What it reads
 
 
-def test_tones_count_only_what_is_visible():
-    rng = np.random.default_rng(0)
-    photo = rng.integers(60, 180, (64, 96, 3)).astype(np.uint8)
-    hidden = photo.copy()
-    hidden[:, 48:] = 255
-    shown = np.zeros((64, 96), bool)
-    shown[:, :48] = True
-    levels = 3 * len(PERCENTILES)
-    seen, whole = tones(hidden, shown)[:levels], tones(photo)[:levels]
-    assert np.abs(seen - whole).max() < 0.02
-    assert np.abs(tones(hidden)[:levels] - whole).max() > 0.2
-
-
 def test_tones_are_the_quantiles_of_the_photo():
     ramp = np.repeat(np.arange(256, dtype=np.uint8)[None, :, None], 8, 0).repeat(3, 2)
     found = tones(ramp)[: len(PERCENTILES)]

@@ -66,7 +66,8 @@ def test_what_a_task_refuses_is_raised_as_it_is_and_not_tried_again(tmp_path):
 
 
 RUN = """
-import sys; from pathlib import Path
+import signal, sys; from pathlib import Path
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
 from toy_tasks import work_until_told as work
 from evenlight.pipeline import schedule
 list(schedule.run(work, work, [Path(sys.argv[1])] * 2, workers=2, scheduler=""))
