@@ -20,6 +20,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, IterableDataset
 
 from evenlight.stages.corrector.inputs import rule_corrected
+from evenlight.stages.corrector.told import region_strengths
 from evenlight.stages.photos.canvas import working
 from evenlight.stages.pixels import luma
 from evenlight.stages.priors import tone
@@ -281,21 +282,11 @@ def _floats(squares: Sequence[Square]) -> Tensor:
 
 
 def strengths(shot_B3SS: Tensor, meant_B3SS: Tensor, cells_BRhw: Tensor) -> Tensor:
-    """The strength of each region at which its mean luma is as it is meant.  B,R; by bisection."""
-    cells_BRP = cells_BRhw.flatten(2)
-    shares_BRP = cells_BRP / cells_BRP.sum(2, keepdim=True).clamp(min=1e-6)
+    """The strength of each region at which its mean luma is as it is meant.  B,R."""
     shot, meant = (
-        luma(x[..., ::REGION_CELL, ::REGION_CELL]).flatten(2) for x in (shot_B3SS, meant_B3SS)
+        luma(x[..., ::REGION_CELL, ::REGION_CELL]).flatten(1) for x in (shot_B3SS, meant_B3SS)
     )
-    wanted = (shares_BRP * meant).sum(2)
-    low = torch.full_like(wanted, -3.0)
-    high = -low
-    for _ in range(9):
-        middle = (low + high) / 2
-        t_B1P = (cells_BRP * middle[..., None]).sum(1, keepdim=True)
-        dark = (shares_BRP * tone.apply(FAMILY, shot, t_B1P)).sum(2) < wanted
-        low, high = torch.where(dark, middle, low), torch.where(dark, high, middle)
-    return (low + high) / 2
+    return region_strengths(shot, meant, cells_BRhw.argmax(1).flatten(1), cells_BRhw.shape[1])[0]
 
 
 def trained(

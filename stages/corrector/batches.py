@@ -23,9 +23,10 @@ from evenlight.stages.corrector.camera import mis_exposed
 from evenlight.stages.corrector.correction import lost
 from evenlight.stages.corrector.ranks import ALONE, Ranks
 from evenlight.stages.corrector.streams import SMALL_SIDE, Draw, Sample
-from evenlight.stages.corrector.told import FAMILY, given
+from evenlight.stages.corrector.told import given
 from evenlight.stages.pixels import box_mean, luma
 from evenlight.stages.priors import tone
+from evenlight.stages.priors.opinion import FAMILY
 
 DISAGREE = 0.12  # of two frames at like brightness: something moved
 DISAGREE_RADIUS = 2  # pixels

@@ -97,9 +97,8 @@ class Predictor:
         """
         if self.settings.network.head == "residual":  # the paper's: it judges by itself
             return self._ask_network(photo_HW3, self._regions(photo_HW3), 0.0, None)
-        ladder, prior_good = self._settings.ladder, self.settings.judge.prior_good
-        seen = embed_ladder(photo_HW3, self.clip, ladder, ladder.offsets, self.xp)
-        if is_beyond_doubt(self.judge.opinion(seen, ladder.offsets), prior_good):
+        seen, prior_good = self._look(photo_HW3), self.settings.judge.prior_good
+        if is_beyond_doubt(self.judge.opinion(seen, self._settings.ladder.offsets), prior_good):
             return None
         regions = self._regions(photo_HW3)
         seen |= self._look_at(photo_HW3, regions, float(seen["rule_strength"]))
@@ -118,8 +117,7 @@ class Predictor:
 
     def opinion(self, photo_HW3: np.ndarray) -> Opinion:
         """What the judge says.  photo: as in `predict`."""
-        ladder = self._settings.ladder
-        seen = embed_ladder(photo_HW3, self.clip, ladder, ladder.offsets, self.xp)
+        seen = self._look(photo_HW3)
         rule = float(seen["rule_strength"])
         seen |= self._look_at(photo_HW3, self._regions(photo_HW3), rule)
         return opinion_with_regions(seen, self.judge, self._settings)
@@ -149,6 +147,11 @@ class Predictor:
         offsets = tuple(ladder.offsets[rung] for rung in asked(ladder.offsets))
         ladder = dataclasses.replace(ladder, offsets=offsets)
         return dataclasses.replace(self.settings, ladder=ladder)
+
+    def _look(self, photo_HW3: np.ndarray) -> dict[str, np.ndarray]:
+        """What the judge reads of the photo as a whole."""
+        ladder = self._settings.ladder
+        return embed_ladder(photo_HW3, self.clip, ladder, ladder.offsets, self.xp)
 
     def _regions(self, photo_HW3: np.ndarray) -> Regions:
         return self.segmenter.segment(rule_corrected(photo_HW3, self.xp))

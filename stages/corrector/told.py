@@ -15,9 +15,9 @@ from torch import Generator, Tensor
 
 from evenlight.stages.pixels import coefficients, luma
 from evenlight.stages.priors import tone
+from evenlight.stages.priors.opinion import FAMILY
 from evenlight.stages.priors.pseudo_gt import EDGES
 
-FAMILY = "film"  # the judge's
 STEP = 4  # between the pixels that are read
 REACH = 2  # of the lines of a painted map: as pseudo_gt.BORDER, at the working size
 OFF = 4  # how far its borders may lie from the regions', pixels
@@ -64,7 +64,11 @@ def _apart(photo_3HW: Tensor, target_3HW: Tensor, labels_HW: Tensor, told: Told)
     generator = torch.Generator().manual_seed(told.seed)
     wrong = ERROR * torch.randn(256, generator=generator).to(photo_3HW.device)
     down, right = torch.randint(-OFF, OFF + 1, (2,), generator=generator).tolist()
-    wanted, areas = region_strengths(photo_3HW, target_3HW, labels_HW)
+    labels, shot, meant = (
+        x[..., ::STEP, ::STEP].reshape(1, -1)
+        for x in (labels_HW.long(), luma(photo_3HW[None]), luma(target_3HW[None]))
+    )
+    wanted, areas = (x[0] for x in region_strengths(shot, meant, labels, 256))
     apart = told.share * (wanted - (wanted * areas).sum()) + wrong
     apart = (apart - (apart * areas).sum()).clamp(-FARTHEST, FARTHEST)
     painted = apart[labels_HW.roll((down, right), (0, 1)).long()]
@@ -74,21 +78,22 @@ def _apart(photo_3HW: Tensor, target_3HW: Tensor, labels_HW: Tensor, told: Told)
 
 
 def region_strengths(
-    photo_3HW: Tensor, target_3HW: Tensor, labels_HW: Tensor
+    shot_BP: Tensor, meant_BP: Tensor, labels_BP: Tensor, count: int
 ) -> tuple[Tensor, Tensor]:
-    """The strength at which each region has the mean luma of its target, and its share of the
-    photo, by label: 256 each, 0 where there is none.  By bisection."""
-    shot, meant = (luma(x[None, :, ::STEP, ::STEP]).flatten() for x in (photo_3HW, target_3HW))
-    labels = labels_HW[::STEP, ::STEP].flatten().long()
+    """The strength at which each region of a photo has the mean luma that it is meant to have, and
+    its share of the photo; 0 where there is none.  By bisection.
 
-    def sums(values: Tensor) -> Tensor:
-        return values.new_zeros(256).index_add(0, labels, values)
+    shot, meant: luma of P pixels in [0, 1].  labels: int64 from 0, below `count`.  B,count each.
+    """
 
-    counts, wanted = sums(torch.ones_like(shot)), sums(meant)
+    def sums(values_BP: Tensor) -> Tensor:
+        return values_BP.new_zeros(len(values_BP), count).scatter_add(1, labels_BP, values_BP)
+
+    counts, wanted = sums(torch.ones_like(shot_BP)), sums(meant_BP)
     low = torch.full_like(wanted, -tone.MAX_RULE_STRENGTH)
     high = -low
     for _ in range(10):
         middle = (low + high) / 2
-        dark = sums(tone.apply(FAMILY, shot, middle[labels])) < wanted
+        dark = sums(tone.apply(FAMILY, shot_BP, middle.gather(1, labels_BP))) < wanted
         low, high = torch.where(dark, middle, low), torch.where(dark, high, middle)
-    return torch.where(counts > 0, (low + high) / 2, 0), counts / counts.sum()
+    return torch.where(counts > 0, (low + high) / 2, 0), counts / shot_BP.shape[1]
